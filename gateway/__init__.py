@@ -1,0 +1,1 @@
+"""The gateway between Claude Code and the llama-servers of one machine."""

@@ -1,0 +1,168 @@
+"""
+The ``claudegw`` command.
+
+``claudegw settings`` prints what Claude Code needs to work well on this gateway, with the windows
+that the running gateway measured (docs/protocol.md, "The client's settings").
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+from typing import Any, Final
+
+from gateway.config import Config, ConfigError, load
+from gateway.policy.calls import KINDS
+from gateway.policy.routes import MAIN, MODEL_PREFIX, SMALL
+
+Json = Any
+
+#: Tokens of an answer that Claude Code is told to ask for, where the window has room for it.
+_ANSWER: Final = 8192
+
+#: Claude Code compacts a conversation when so many tokens and an answer are all that is left.
+_RESERVE: Final = 13_000
+
+
+class Unusable(Exception):
+    """The command cannot do what it was asked; the message says what to do."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        config = load(options.config, KINDS)
+        env = settings(config, _models(config))
+    except ConfigError as error:
+        for mistake in error.mistakes:
+            print(f"claudegw: {mistake}", file=sys.stderr)
+        return 1
+    except Unusable as error:
+        print(f"claudegw: {error}", file=sys.stderr)
+        return 1
+    if options.shell:
+        for name, value in env["env"].items():
+            print(f"export {name}={shlex.quote(value)}")
+    else:
+        print(json.dumps(env, indent=2))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="claudegw", description=__doc__.split("\n\n")[1])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    wanted = commands.add_parser("settings", help="print a Claude Code settings file")
+    wanted.add_argument("--config", type=Path, default=Path("etc/gw.toml"))
+    wanted.add_argument("--shell", action="store_true", help="print exports for a shell instead")
+    return parser
+
+
+def settings(config: Config, windows: Mapping[str, int]) -> dict[str, Json]:
+    """
+    A Claude Code settings file for this gateway.
+
+    Args:
+        config: the gateway's.
+        windows: tokens that a slot of each tier holds.
+    """
+    main_model = MODEL_PREFIX + MAIN
+    small_model = MODEL_PREFIX + (SMALL if SMALL in config.tier else MAIN)
+    window = windows[MAIN]
+    env = {
+        "ANTHROPIC_BASE_URL": base_url(config.gateway.listen),
+        "ANTHROPIC_AUTH_TOKEN": config.gateway.token or "none",
+        "ANTHROPIC_MODEL": main_model,
+        "ANTHROPIC_DEFAULT_OPUS_MODEL": main_model,
+        "ANTHROPIC_DEFAULT_SONNET_MODEL": main_model,
+        "ANTHROPIC_DEFAULT_HAIKU_MODEL": small_model,
+        # Without the true window it would take 1 000 000 tokens for granted and never compact.
+        "CLAUDE_CODE_MAX_CONTEXT_TOKENS": str(window),
+        "CLAUDE_CODE_MAX_OUTPUT_TOKENS": str(longest_answer(window)),
+        # Each of these would change the prompt's beginning between two calls.
+        "CLAUDE_CODE_ATTRIBUTION_HEADER": "0",
+        "CLAUDE_CODE_TOTAL_TOKENS_REMINDER": "off",
+        "ENABLE_TOOL_SEARCH": "false",
+        # A cold prompt takes minutes; no timer of the client's may end it.
+        "API_TIMEOUT_MS": "3600000",
+        "API_FORCE_IDLE_TIMEOUT": "0",
+        "CLAUDE_STREAM_IDLE_TIMEOUT_MS": "1800000",
+        # Safety verdicts cost a prompt of 35 000 tokens each; it asks the user instead.
+        "CLAUDE_CODE_AUTO_MODE_SERVER": "0",
+    }
+    return {
+        "env": env,
+        "permissions": {
+            "defaultMode": "default",
+            "disableAutoMode": "disable",
+            # A search that only Anthropic's own servers can run.
+            "deny": ["WebSearch"],
+        },
+        "skipWebFetchPreflight": True,
+    }
+
+
+def longest_answer(window: int) -> int:
+    """
+    The output limit for a window of so many tokens.
+
+    Claude Code compacts at ``window - min(limit, 20 000) - 13 000`` tokens: a limit that leaves
+    nothing there ends every session at its second turn.
+    """
+    return max(1024, min(_ANSWER, (window - _RESERVE) // 4))
+
+
+def base_url(listen: str) -> str:
+    """
+    The URL under which a client on this machine reaches the endpoint `listen`.
+
+    Raises:
+        Unusable: Claude Code cannot reach it.
+    """
+    host, port = _address(listen)
+    return f"http://{host}:{port}"
+
+
+def _address(listen: str) -> tuple[str, int]:
+    kind, *parts = listen.replace("\\:", "\0").split(":")
+    if kind != "tcp":
+        raise Unusable(f"Claude Code needs a TCP port, and gateway.listen is {listen!r}.")
+    named = dict(part.split("=", 1) for part in parts if "=" in part)
+    port = named.get("port") or parts[0]
+    host = named.get("interface", "").replace("\0", ":")
+    if host in ("", "0.0.0.0", "::", "localhost"):
+        host = "127.0.0.1"
+    return (f"[{host}]" if ":" in host else host), int(port)
+
+
+def _models(config: Config) -> dict[str, int]:
+    """The window of each tier, as the running gateway knows it."""
+    host, port = _address(config.gateway.listen)
+    headers = {"x-api-key": config.gateway.token} if config.gateway.token else {}
+    connection = HTTPConnection(host.strip("[]"), port, timeout=30)
+    try:
+        connection.request("GET", "/v1/models", headers=headers)
+        answer = connection.getresponse()
+        listed = json.loads(answer.read())["data"]
+    except (OSError, HTTPException, ValueError, KeyError) as error:
+        raise Unusable(
+            f"No gateway answers at http://{host}:{port} ({error}). Start it first:"
+            " twistd -n claudegw --config FILE"
+        ) from None
+    finally:
+        connection.close()
+    windows = {
+        model["id"].removeprefix(MODEL_PREFIX): model["max_input_tokens"] for model in listed
+    }
+    if windows.get(MAIN) is None:
+        raise Unusable("The main model is still loading, or down; try again when it is up.")
+    return {name: window for name, window in windows.items() if window is not None}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,347 @@
+"""
+``gw.toml`` as frozen values.
+
+`load` gives a whole `Config` or every mistake of the file at once, each with its key and what was
+expected there.  Each key that is not required has its default here, and stands explained in
+``etc/gw.toml``.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+import attrs
+from cattrs import Converter, transform_error
+from cattrs.errors import ForbiddenExtraKeysError
+from cattrs.gen import make_dict_structure_fn, override
+
+MIB: Final = 1024 * 1024
+
+
+class ConfigError(Exception):
+    """
+    The configuration cannot be used.
+
+    Attributes:
+        mistakes: one line each, with the key it is about.
+    """
+
+    def __init__(self, mistakes: list[str]) -> None:
+        super().__init__("\n".join(mistakes))
+        self.mistakes = mistakes
+
+
+class Mistake(ValueError):
+    """One value is wrong; the message says what was expected."""
+
+
+# --- endpoints --------------------------------------------------------------------------------
+
+
+def is_loopback(listen: str) -> bool:
+    """Whether a server endpoint can only be reached from this machine."""
+    if listen.startswith("unix:"):
+        return True
+    for part in listen.split(":")[1:]:
+        if part.startswith("interface="):
+            address = part.removeprefix("interface=").replace("\\", "")
+            return address == "localhost" or _is_loopback_address(address)
+    return False
+
+
+def _is_loopback_address(text: str) -> bool:
+    try:
+        return ipaddress.ip_address(text).is_loopback
+    except ValueError:
+        return False
+
+
+def is_listenable(listen: str) -> bool:
+    """Whether this is an endpoint string of a kind that a gateway can listen on."""
+    return listen.startswith(("tcp:", "unix:", "systemd:"))
+
+
+def is_upstream(url: str) -> bool:
+    """Whether `upstream_endpoint` takes this."""
+    try:
+        upstream_endpoint(url)
+    except ValueError:
+        return False
+    return True
+
+
+def upstream_endpoint(url: str) -> str:
+    """
+    The Twisted client endpoint string for a tier's `url`.
+
+    Raises:
+        ValueError: it is neither ``http://host:port`` nor ``unix:/path``.
+    """
+    if url.startswith("unix:/"):
+        return f"unix:path={_quoted(url.removeprefix('unix:'))}:timeout=5"
+    parts = urlsplit(url)
+    if parts.scheme != "http" or not parts.hostname or parts.path.strip("/") or parts.query:
+        raise ValueError(url)
+    return f"tcp:host={_quoted(parts.hostname)}:port={parts.port or 80}:timeout=5"
+
+
+def _quoted(text: str) -> str:
+    return text.replace("\\", "\\\\").replace(":", "\\:").replace("=", "\\=")
+
+
+# --- what a value must be -----------------------------------------------------------------------
+
+#: Where a field's metadata keeps the check of its value.
+_CHECK: Final = "gateway.config.check"
+
+
+def _between(least: float, most: float = math.inf) -> Mapping[str, Any]:
+    def check(value: float) -> None:
+        if not least <= value <= most:
+            limit = f"at least {least}" if most == math.inf else f"between {least} and {most}"
+            raise Mistake(f"expected {limit}, got {value}")
+
+    return {_CHECK: check}
+
+
+def _must(expected: str, holds: Callable[[Any], object]) -> Mapping[str, Any]:
+    def check(value: Any) -> None:
+        if not holds(value):
+            raise Mistake(f"expected {expected}, got {value!r}")
+
+    return {_CHECK: check}
+
+
+_filled = _must("something", lambda value: value is None or value)
+
+
+# --- the file ---------------------------------------------------------------------------------
+
+
+@attrs.frozen
+class Gateway:
+    """
+    The door of the house.
+
+    Attributes:
+        listen: a Twisted endpoint string.
+        state_dir: what outlives the process; made with mode 0700.
+        token: what clients must show; needed to listen on other addresses than loopback.
+        hosts: names under which clients may address us, beside the loopback ones.
+        body_limit: bytes that a request's body may have.
+        grace: seconds that answers under way get to end when the service stops.
+    """
+
+    listen: str = attrs.field(default="tcp:9090:interface=127.0.0.1", metadata=_must('a Twisted endpoint such as "tcp:9090"', is_listenable))
+    state_dir: Path = Path("~/.local/share/claudegw")
+    token: str | None = attrs.field(default=None, metadata=_filled, repr=False)
+    hosts: tuple[str, ...] = ()
+    body_limit: int = attrs.field(default=32 * MIB, metadata=_between(1024))
+    grace: float = attrs.field(default=30.0, metadata=_between(0, 3600))
+
+
+@attrs.frozen
+class Server:
+    """
+    A llama-server that we start ourselves.
+
+    Attributes:
+        command: the program and its arguments; no shell reads them.
+        env: added to the gateway's own environment.
+        manage_flags: whether a llama-server gets the flags that its tier needs.
+    """
+
+    command: tuple[str, ...] = attrs.field(metadata=_filled)
+    env: Mapping[str, str] = attrs.field(factory=dict, repr=False)
+    manage_flags: bool = True
+
+
+@attrs.frozen
+class Tier:
+    """
+    One model that calls are sent to.
+
+    Attributes:
+        url: where its server listens: ``http://host:port`` or ``unix:/path``.
+        kind: what speaks there.
+        slots: how many calls it gets at once.
+        api_key: what the server wants to see, if anything.
+        max_waiting: calls that may wait in its line.
+        answer_tokens: longest free-text answer to a housekeeping call, in tokens.
+        schema_tokens: longest answer under a schema, in tokens.
+        server: how to start it; None if somebody else does.
+    """
+
+    url: str = attrs.field(metadata=_must('"http://host:port" or "unix:/path/to.sock"', is_upstream))
+    kind: str = attrs.field(default="llama-server", metadata=_must('"llama-server"', {"llama-server"}.__contains__))
+    slots: int = attrs.field(default=1, metadata=_between(1, 256))
+    api_key: str | None = attrs.field(default=None, metadata=_filled, repr=False)
+    max_waiting: int = attrs.field(default=64, metadata=_between(1, 100_000))
+    answer_tokens: int = attrs.field(default=1024, metadata=_between(16))
+    schema_tokens: int = attrs.field(default=512, metadata=_between(64))
+    server: Server | None = None
+
+
+@attrs.frozen
+class RouteRule:
+    """
+    Sends the calls that match it to a tier.
+
+    Attributes:
+        tier: the name of the tier.
+        model: a glob on the client's name for the model, upper and lower case alike.
+        kind: a kind of call.
+    """
+
+    tier: str
+    model: str | None = attrs.field(default=None, metadata=_filled)
+    kind: str | None = attrs.field(default=None, metadata=_filled)
+
+
+@attrs.frozen
+class Config:
+    """The whole file."""
+
+    gateway: Gateway = attrs.field(factory=Gateway)
+    tier: Mapping[str, Tier] = attrs.field(factory=dict)
+    route: tuple[RouteRule, ...] = ()
+
+
+def load(path: Path, kinds: tuple[str, ...]) -> Config:
+    """
+    The configuration in the file at `path`.
+
+    Args:
+        path: a TOML file.
+        kinds: the kinds of call that a route may name.
+
+    Raises:
+        ConfigError: with every mistake in it.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{path}: {_reason(error)}"]) from None
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError([f"{path}: not valid TOML: {error}"]) from None
+    return parse(raw, kinds)
+
+
+def parse(raw: Mapping[str, Any], kinds: tuple[str, ...]) -> Config:
+    """The configuration in `raw`, as `load`; raises ConfigError."""
+    try:
+        config = _converter().structure(raw, Config)
+    except Exception as error:  # cattrs gathers in an ExceptionGroup whatever the hooks raised
+        lines = transform_error(error, format_exception=_format)
+        raise ConfigError([_readable(line) for line in lines]) from None
+    mistakes = list(_contradictions(config, kinds))
+    if mistakes:
+        raise ConfigError(mistakes)
+    state_dir = config.gateway.state_dir.expanduser().absolute()
+    return attrs.evolve(config, gateway=attrs.evolve(config.gateway, state_dir=state_dir))
+
+
+def _contradictions(config: Config, kinds: tuple[str, ...]) -> Iterator[str]:
+    """What no single value shows."""
+    if "main" not in config.tier:
+        yield "tier.main: expected a table [tier.main]; every gateway has a main tier"
+    for number, rule in enumerate(config.route):
+        if rule.tier not in config.tier:
+            known = ", ".join(config.tier) or "none"
+            yield f'route[{number}].tier: there is no tier "{rule.tier}" (there is: {known})'
+        if rule.kind is not None and rule.kind not in kinds:
+            yield f'route[{number}].kind: expected one of {", ".join(kinds)}, got "{rule.kind}"'
+        if rule.model is None and rule.kind is None:
+            yield f"route[{number}]: expected a model or a kind; without both it matches every call"
+    if not is_loopback(config.gateway.listen) and config.gateway.token is None:
+        yield (
+            "gateway.token: expected a token, since gateway.listen is not on loopback:"
+            f' "{config.gateway.listen}"'
+        )
+
+
+# --- cattrs -----------------------------------------------------------------------------------
+
+
+def _converter() -> Converter:
+    """One that forbids unknown keys and turns nothing into something else."""
+    converter = Converter()
+    for kind, name in ((str, "a string"), (int, "an integer"), (bool, "true or false")):
+        converter.register_structure_hook(kind, _exactly(kind, name))
+    converter.register_structure_hook(float, _a_number)
+    converter.register_structure_hook(Path, lambda value, _: Path(_exactly(str, "a path")(value, str)))
+    converter.register_structure_hook_factory(attrs.has, lambda kind: _checked(converter, kind))
+    return converter
+
+
+def _checked(converter: Converter, kind: type[Any]) -> Callable[[Any, Any], Any]:
+    """The structure hook of an attrs class: each field is converted, then checked."""
+
+    def hook(check: Callable[[Any], None]) -> Callable[[Any, Any], Any]:
+        def structure(value: Any, expected: Any) -> Any:
+            found = converter.structure(value, expected)
+            check(found)
+            return found
+
+        return structure
+
+    overrides = {
+        field.name: override(struct_hook=hook(field.metadata[_CHECK]))
+        for field in attrs.fields(kind)
+        if _CHECK in field.metadata
+    }
+    return make_dict_structure_fn(
+        kind, converter, _cattrs_forbid_extra_keys=True, **overrides
+    )
+
+
+def _exactly(kind: type, name: str) -> Callable[[Any, Any], Any]:
+    def structure(value: Any, _: Any) -> Any:
+        if type(value) is not kind:
+            raise Mistake(f"expected {name}, got {_a(value)}")
+        return value
+
+    return structure
+
+
+def _a_number(value: Any, _: Any) -> float:
+    if type(value) not in (int, float):
+        raise Mistake(f"expected a number, got {_a(value)}")
+    return float(value)
+
+
+def _a(value: Any) -> str:
+    """The kind of `value`; the value itself may be a secret."""
+    names = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
+    return names.get(type(value), "a list" if isinstance(value, list) else "a table")
+
+
+def _format(error: BaseException, _: type | None) -> str:
+    match error:
+        case Mistake():
+            return str(error)
+        case KeyError():
+            return "required"
+        case ForbiddenExtraKeysError():
+            return f"unknown key: {', '.join(sorted(error.extra_fields))}"
+        case _:
+            return "expected a table or a list here"
+
+
+def _readable(line: str) -> str:
+    """``unknown key: x @ $.tier.main`` as ``tier.main: unknown key: x``."""
+    said, _, where = line.rpartition(" @ ")
+    key = where.removeprefix("$").removeprefix(".").replace("['", ".").replace("']", "")
+    return f"{key}: {said}" if key else said
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)

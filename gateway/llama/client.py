@@ -1,0 +1,377 @@
+"""
+Every endpoint of a llama-server that we use.
+
+Each call opens a connection of its own: llama-server closes idle ones after 5 s and each one after
+a stream, and a fresh one on loopback costs 0.2 ms.  Each Deferred that is awaited here hangs up on
+llama-server when it is cancelled; that is how a client's leaving stops the work
+(docs/protocol.md, "Cancellation").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import attrs
+import orjson
+from treq.client import HTTPClient
+from twisted.internet.defer import CancelledError, Deferred, succeed
+from twisted.internet.endpoints import clientFromString
+from twisted.internet.error import ConnectError, ConnectionClosed, TimeoutError
+from twisted.internet.interfaces import (
+    IConsumer,
+    IPushProducer,
+    IReactorTime,
+    IStreamClientEndpoint,
+)
+from twisted.internet.protocol import Protocol
+from twisted.python.failure import Failure
+from twisted.web.client import (
+    Agent,
+    HTTPConnectionPool,
+    PotentialDataLoss,
+    RequestGenerationFailed,
+    RequestTransmissionFailed,
+    ResponseDone,
+    ResponseFailed,
+    ResponseNeverReceived,
+    _HTTP11ClientFactory,
+)
+from twisted.web.http_headers import Headers
+from twisted.web.iweb import IAgentEndpointFactory, IBodyProducer, IResponse
+from zope.interface import implementer
+
+from gateway.config import upstream_endpoint
+from gateway.wire.errors import ApiError, from_upstream, unavailable
+
+Json = Any
+
+#: Seconds that a short question (a count, the slots) may take.
+PATIENCE: Final = 60.0
+
+#: Bytes that an answer to a short question may have; a template rendered is the longest.
+_LONGEST_ANSWER: Final = 64 * 1024 * 1024
+
+# Twisted would log the start and the end of each connection.
+_HTTP11ClientFactory.noisy = False
+
+
+class Lost(Exception):
+    """The server went away after it had begun to answer."""
+
+
+@attrs.frozen
+class Props:
+    """
+    What a server says of itself (``GET /props``).
+
+    Attributes:
+        n_ctx: tokens that one slot holds, prompt and answer together.
+        slots: how many calls it takes at once.
+        alias: the name that it gives its model.
+        build: its build; ``b0-unknown`` where it does not know.
+        vision: whether it takes images.
+    """
+
+    n_ctx: int
+    slots: int
+    alias: str
+    build: str
+    vision: bool
+
+
+@attrs.frozen
+class Completion:
+    """
+    One answer to a bare prompt.
+
+    Attributes:
+        text: what was generated.
+        stopped: why: ``eos``, ``word`` or ``limit``.
+        evaluated: prompt tokens that were evaluated.
+        cached: prompt tokens that the slot still had.
+        generated: tokens generated.
+    """
+
+    text: str
+    stopped: str
+    evaluated: int
+    cached: int
+    generated: int
+
+
+@implementer(IBodyProducer)
+@attrs.frozen
+class _BytesBody:
+    """A request body that is all there."""
+
+    body: bytes
+
+    @property
+    def length(self) -> int:
+        return len(self.body)
+
+    def startProducing(self, consumer: IConsumer) -> Deferred[None]:
+        consumer.write(self.body)
+        return succeed(None)
+
+    def pauseProducing(self) -> None: ...
+
+    def resumeProducing(self) -> None: ...
+
+    def stopProducing(self) -> None: ...
+
+
+@attrs.define(eq=False)
+class _Reading(Protocol):
+    """
+    Hands a response's body on as it comes.  Cancelling `done` hangs up.
+
+    `receive` may raise: the server is hung up on and `done` fails with what was raised.
+    """
+
+    receive: Callable[[bytes], None]
+    meet: Callable[[IPushProducer], None]
+    done: Deferred[None] | None = None
+
+    def start(self, response: IResponse) -> Deferred[None]:
+        # deliverBody may finish before it returns, so the Deferred is taken first.
+        done = self.done = Deferred(self._hang_up)
+        response.deliverBody(self)
+        return done
+
+    def _hang_up(self, _: object) -> None:
+        self.done = None
+        self.transport.loseConnection()
+
+    def connectionMade(self) -> None:
+        self.meet(self.transport)
+
+    def dataReceived(self, data: bytes) -> None:
+        if self.done is None:
+            return
+        try:
+            self.receive(data)
+        except Exception:
+            done, self.done = self.done, None
+            self.transport.loseConnection()
+            done.errback(Failure())
+
+    def connectionLost(self, reason: Failure = Failure(ResponseDone())) -> None:
+        done, self.done = self.done, None
+        if done is None:
+            return
+        if reason.check(ResponseDone, PotentialDataLoss):
+            done.callback(None)
+        else:
+            done.errback(Failure(Lost(reason.getErrorMessage())))
+
+
+@attrs.frozen(eq=False)
+class Answer:
+    """An answer of llama-server whose status is known and whose body is still to come."""
+
+    response: IResponse
+
+    @property
+    def status(self) -> int:
+        return int(self.response.code)
+
+    def stream(
+        self,
+        receive: Callable[[bytes], None],
+        meet: Callable[[IPushProducer], None] = lambda _: None,
+    ) -> Deferred[None]:
+        """
+        Hand the body to `receive` as it comes.
+
+        Args:
+            receive: gets each chunk; what it raises ends the stream.
+            meet: gets the producer, for back-pressure.
+
+        Returns:
+            A Deferred that fires at the body's end and hangs up when it is cancelled.  It fails
+            with `Lost`, or with what `receive` raised.
+        """
+        return _Reading(receive, meet).start(self.response)
+
+    async def read(self, limit: int = _LONGEST_ANSWER) -> bytes:
+        """The whole body; raises ApiError if it has more than `limit` bytes, or `Lost`."""
+        chunks: list[bytes] = []
+        room = limit
+
+        def receive(chunk: bytes) -> None:
+            nonlocal room
+            room -= len(chunk)
+            if room < 0:
+                raise ApiError("api_error", f"The model server sent more than {limit} bytes.")
+            chunks.append(chunk)
+
+        await self.stream(receive)
+        return b"".join(chunks)
+
+
+@attrs.define(eq=False)
+class LlamaClient:
+    """
+    One llama-server, asked.
+
+    Attributes:
+        tier: the name of its tier, for the wording of errors.
+        url: where it listens, as in the configuration.
+    """
+
+    tier: str
+    url: str
+    _reactor: IReactorTime
+    _http: HTTPClient
+    _headers: Headers
+
+    @classmethod
+    def at(cls, reactor: Any, tier: str, url: str, api_key: str | None) -> LlamaClient:
+        """The client of the server at `url`."""
+        endpoint = clientFromString(reactor, upstream_endpoint(url))
+        pool = HTTPConnectionPool(reactor, persistent=False)
+        agent = Agent.usingEndpointFactory(reactor, _Always(endpoint), pool)
+        return cls.over(reactor, tier, url, api_key, HTTPClient(agent))
+
+    @classmethod
+    def over(
+        cls, reactor: IReactorTime, tier: str, url: str, api_key: str | None, http: HTTPClient
+    ) -> LlamaClient:
+        """As `at`, over an HTTP client that is there already."""
+        headers = Headers({"content-type": ["application/json"]})
+        if api_key is not None:
+            headers.addRawHeader("authorization", f"Bearer {api_key}")
+        return cls(tier, url, reactor, http, headers)
+
+    async def props(self) -> Props:
+        """What the server says of itself.  Raises ApiError while it is down or loading."""
+        said = await self._ask("GET", "/props")
+        return Props(
+            n_ctx=int(said["default_generation_settings"]["n_ctx"]),
+            slots=int(said["total_slots"]),
+            alias=str(said.get("model_alias") or said.get("model_path") or ""),
+            build=str(said.get("build_info", "")),
+            vision=bool(said.get("modalities", {}).get("vision")),
+        )
+
+    async def busy_slots(self) -> int:
+        """
+        How many slots work.
+
+        Ask at most every 2 s: each answer restarts the second after which llama-server looks
+        whether the clients of its other calls are still there.
+        """
+        return sum(bool(slot["is_processing"]) for slot in await self._ask("GET", "/slots"))
+
+    async def apply_template(self, chat: Mapping[str, Json]) -> str:
+        """The prompt that a chat-shaped body renders to."""
+        said = await self._ask("POST", "/apply-template", chat)
+        return str(said["prompt"])
+
+    async def count(self, prompt: str) -> int:
+        """The tokens of a rendered prompt, tokenized as a completion's prompt is."""
+        wanted = {"content": prompt, "add_special": True, "parse_special": True}
+        return len((await self._ask("POST", "/tokenize", wanted))["tokens"])
+
+    async def count_tokens(self, body: Mapping[str, Json]) -> int:
+        """The server's own count of a Messages-shaped body."""
+        said = await self._ask("POST", "/v1/messages/count_tokens", body)
+        return int(said["input_tokens"])
+
+    async def messages(self, body: Mapping[str, Json]) -> Answer:
+        """
+        Send a Messages call, to be streamed.
+
+        Raises:
+            ApiError: the server cannot be reached, or refuses.
+            Lost: it went away before it answered.
+        """
+        answer = await self._request("POST", "/v1/messages", {**body, "stream": True})
+        if answer.status != 200:
+            raise from_upstream(answer.status, await answer.read(), self.tier)
+        return answer
+
+    async def complete(self, wanted: Mapping[str, Json]) -> Completion:
+        """The answer to a bare prompt (``POST /completion``, not streamed)."""
+        answer = await self._request("POST", "/completion", wanted)
+        said = await self._json(answer)
+        timings = said.get("timings", {})
+        return Completion(
+            text=str(said["content"]),
+            stopped=str(said.get("stop_type", "")),
+            evaluated=int(timings.get("prompt_n", said.get("tokens_evaluated", 0))),
+            cached=int(timings.get("cache_n", 0)),
+            generated=int(said.get("tokens_predicted", 0)),
+        )
+
+    # --- how it is asked --------------------------------------------------------------------------
+
+    async def _ask(self, method: str, path: str, body: Json = None) -> Json:
+        """The JSON answer to a short question, within `PATIENCE`."""
+
+        async def ask() -> Json:
+            return await self._json(await self._request(method, path, body))
+
+        asked = Deferred.fromCoroutine(ask())
+        asked.addTimeout(PATIENCE, self._reactor)
+        try:
+            return await asked
+        except TimeoutError:
+            raise unavailable(
+                f"The model server of tier {self.tier!r} did not answer {path}"
+                f" within {PATIENCE:.0f} seconds."
+            ) from None
+        except Lost:
+            raise self._gone() from None
+
+    async def _json(self, answer: Answer) -> Json:
+        body = await answer.read()
+        if answer.status != 200:
+            raise from_upstream(answer.status, body, self.tier)
+        try:
+            return orjson.loads(body)
+        except ValueError:
+            raise ApiError(
+                "api_error", f"What listens at {self.url} (tier {self.tier!r}) does not speak JSON."
+            ) from None
+
+    async def _request(self, method: str, path: str, body: Json = None) -> Answer:
+        try:
+            response = await self._http.request(
+                method,
+                f"http://localhost{path}",
+                headers=self._headers,
+                data=None if body is None else _BytesBody(orjson.dumps(body)),
+                unbuffered=True,
+                allow_redirects=False,
+            )
+        except (ConnectError, TimeoutError):
+            raise self._gone() from None
+        except (
+            ResponseNeverReceived,
+            ResponseFailed,
+            RequestGenerationFailed,
+            RequestTransmissionFailed,
+        ) as error:
+            if any(reason.check(CancelledError) for reason in error.reasons):
+                raise CancelledError from None
+            raise Lost(str(error)) from None
+        except ConnectionClosed as error:
+            raise Lost(str(error)) from None
+        return Answer(response)
+
+    def _gone(self) -> ApiError:
+        return unavailable(f"No model server answers at {self.url} (tier {self.tier!r}).")
+
+
+@implementer(IAgentEndpointFactory)
+@attrs.frozen
+class _Always:
+    """One endpoint for every URL; the stock Agent would resolve even 127.0.0.1 in a thread."""
+
+    endpoint: IStreamClientEndpoint
+
+    def endpointForURI(self, uri: object) -> IStreamClientEndpoint:
+        return self.endpoint

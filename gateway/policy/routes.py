@@ -1,0 +1,73 @@
+"""
+Which tier a call goes to, and by which rule.
+
+The rules of the configuration come first, in their order; a tier's own name (``claudegw-small``) is
+a rule that needs no writing; then each kind has its default: housekeeping goes to the small tier,
+everything else to the main one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from fnmatch import fnmatchcase
+from typing import Final
+
+import attrs
+
+from gateway.config import RouteRule
+from gateway.policy.calls import Call
+
+MAIN: Final = "main"
+SMALL: Final = "small"
+
+#: A tier's own model name is this and its name.  Claude Code's model discovery keeps only names
+#: with "claude" in them, and takes no window for one that starts with "claude-".
+MODEL_PREFIX: Final = "claudegw-"
+
+
+@attrs.frozen
+class Route:
+    """
+    Where a call goes.
+
+    Attributes:
+        tier: the name of the tier.
+        rule: what sent it there, for the log and ``/status``.
+        background: it gives way to every call that somebody waits for.
+    """
+
+    tier: str
+    rule: str
+    background: bool = False
+
+
+def choose(
+    call: Call, model: str, rules: Sequence[RouteRule], tiers: Collection[str]
+) -> Route:
+    """
+    The route of `call`.
+
+    Args:
+        call: the call, understood.
+        model: the client's name for the model.
+        rules: those of the configuration; all that a rule names must match.
+        tiers: the names of the tiers that exist.
+    """
+    lowered = model.lower()
+    for number, rule in enumerate(rules, 1):
+        fits_model = rule.model is None or fnmatchcase(lowered, rule.model.lower())
+        fits_kind = rule.kind is None or rule.kind == call.kind
+        if fits_model and fits_kind:
+            return Route(rule.tier, f"route {number}")
+    named = lowered.removeprefix(MODEL_PREFIX)
+    if named != lowered and named in tiers:
+        return Route(named, "the tier's own name")
+    if call.is_housekeeping and SMALL in tiers:
+        return Route(SMALL, f"{call.kind}: {call.why}")
+    return Route(MAIN, f"{call.kind}: {call.why}")
+
+
+def too_long_for_small(route: Route, tokens: int, window: int) -> Route:
+    """The route of a housekeeping call of `tokens` that does not fit a window of `window`."""
+    rule = f"{route.rule}; {tokens} tokens do not fit the {window} of {route.tier}"
+    return Route(MAIN, rule, background=True)

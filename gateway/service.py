@@ -1,0 +1,122 @@
+"""
+Builds the whole house, and runs it: start, drain, stop.
+
+Started as ``twistd -n claudegw --config etc/gw.toml``.
+"""
+
+from __future__ import annotations
+
+import signal
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import attrs
+from twisted.application import strports
+from twisted.application.service import MultiService, Service
+from twisted.internet.defer import Deferred, gatherResults
+from twisted.logger import Logger
+from twisted.python import usage
+
+from gateway.config import Config, ConfigError, load
+from gateway.dispatch import Dispatch
+from gateway.ledger import Ledger
+from gateway.llama.child import Child, command
+from gateway.llama.client import LlamaClient
+from gateway.policy.calls import KINDS
+from gateway.tier.tier import Tier
+from gateway.web.access import Access, site
+from gateway.web.api import Api
+
+log = Logger()
+
+
+class Options(usage.Options):  # type: ignore[misc]  # untyped
+    """The command line of ``twistd claudegw``."""
+
+    synopsis = "[--config FILE]"
+    optParameters = [
+        ["config", "c", "etc/gw.toml", "The configuration; etc/gw.toml explains every key."]
+    ]
+
+    def postOptions(self) -> None:
+        try:
+            self.loaded = load(Path(self["config"]).absolute(), KINDS)
+        except ConfigError as error:
+            lines = "\n  ".join(error.mistakes)
+            raise usage.UsageError(f"{self['config']} cannot be used:\n  {lines}") from None
+
+
+def makeService(options: Options) -> Service:
+    """The service that twistd runs."""
+    from twisted.internet import reactor
+
+    return House.built(options.loaded, reactor)
+
+
+@attrs.define(eq=False)
+class House(MultiService):  # type: ignore[misc]  # untyped
+    """
+    Everything there is: the door, the tiers, their children.
+
+    Attributes:
+        config: what it was built from.
+        api: the Messages API, in front of the tiers.
+    """
+
+    config: Config
+    api: Api
+    _reactor: Any
+    _door: Service
+    _children: list[Child]
+
+    @classmethod
+    def built(cls, config: Config, reactor: Any) -> House:
+        """The house that `config` describes, standing still."""
+        gateway, tiers, children = config.gateway, {}, []
+        for name, wanted in config.tier.items():
+            client = LlamaClient.at(reactor, name, wanted.url, wanted.api_key)
+            tiers[name] = Tier.of(name, wanted, client, reactor)
+            if wanted.server is not None:
+                line = command(wanted, wanted.server, gateway.state_dir)
+                log_file = gateway.state_dir / f"{name}.log"
+                children.append(Child(name, line, wanted.server.env, log_file, reactor))
+        api = Api(Dispatch(tiers, config.route, Ledger(reactor), reactor), version("claudegw"))
+        access = Access(gateway.token, gateway.hosts, gateway.body_limit)
+        factory = site(api.app.resource(), access, reactor)
+        door = strports.service(gateway.listen, factory, reactor)
+        return cls(config, api, reactor, door, children)
+
+    def __attrs_post_init__(self) -> None:
+        MultiService.__init__(self)
+        for service in (*self._children, self._door):
+            service.setServiceParent(self)
+
+    def startService(self) -> None:
+        state_dir = self.config.gateway.state_dir
+        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (state_dir / "slots").mkdir(mode=0o700, exist_ok=True)
+        for tier in self.api.dispatch.tiers.values():
+            tier.line.start()
+        self._reactor.callWhenRunning(self._take_sigterm)
+        super().startService()
+        log.info("claudegw {version} listens on {listen}",
+                 version=self.api.version, listen=self.config.gateway.listen)
+
+    def stopService(self) -> Deferred[None]:
+        return Deferred.fromCoroutine(self._stop())
+
+    async def _stop(self) -> None:
+        """Let nobody in, let the answers under way end, stop the children: in this order."""
+        self.running = False
+        await self._door.stopService()
+        for tier in self.api.dispatch.tiers.values():
+            tier.line.stop()
+        await self.api.drain(self.config.gateway.grace, self._reactor)
+        await gatherResults([child.stopService() for child in self._children])
+
+    def _take_sigterm(self) -> None:
+        """Twisted's own would end the process by the signal; a stop that went well is a 0."""
+        signal.signal(
+            signal.SIGTERM, lambda *_: self._reactor.callFromThread(self._reactor.stop)
+        )

@@ -1,0 +1,309 @@
+"""
+One answer on its way to one client.
+
+An answer is asked for in one way (`from_model`, `under_schema`) and told in another: as a stream
+(`Streamed`) or as one JSON message (`Whole`).  The permit is taken before the server hears of the
+call and given back by what became of it: finished, or abandoned.
+
+Once the status is sent, errors go into the stream.  Claude Code sends a call again, streaming, when
+it reads ``overloaded_error`` before any content or when the connection is cut after some; any other
+error makes it send the call again without streaming, which then gets the true status
+(docs/protocol.md, "Errors").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+import attrs
+import orjson
+from twisted.internet.interfaces import IDelayedCall, IPushProducer, IReactorTime
+
+from gateway.llama.client import Lost
+from gateway.tier import constrained
+from gateway.tier.tier import Tier
+from gateway.wire import pulse
+from gateway.wire.errors import ApiError, unavailable
+from gateway.wire.events import (
+    Assembly,
+    Event,
+    Repair,
+    Truncated,
+    encode,
+    error_event,
+    message_events,
+)
+from gateway.wire.sse import EventTooLong, SSEParser
+
+Json = Any
+
+
+class Client(Protocol):
+    """The client's side of one call, as HTTP gives it to us."""
+
+    @property
+    def begun(self) -> bool:
+        """Whether the status is sent."""
+
+    def begin(self) -> None:
+        """Send the status and the headers of a stream, now."""
+
+    def write(self, data: bytes) -> None:
+        """Send a part of the body."""
+
+    def meet(self, producer: IPushProducer) -> None:
+        """Let `producer` be paused while the client does not read."""
+
+    def part(self) -> None:
+        """No producer any more."""
+
+    def cut(self) -> None:
+        """Close the connection at once, so that the client sees a broken answer."""
+
+
+class Teller(Protocol):
+    """How an answer is told."""
+
+    def commit(self) -> None:
+        """The upstream has accepted the call."""
+
+    def tell(self, events: Iterable[Event]) -> None:
+        """These come next."""
+
+    def meet(self, producer: IPushProducer) -> None:
+        """They come from here."""
+
+
+#: Asks for an answer, once it is known how it is to be told.
+Ask = Callable[[Teller], Awaitable[None]]
+
+
+# --- how it is asked for ----------------------------------------------------------------------
+
+
+async def from_model(
+    tier: Tier,
+    body: Mapping[str, Json],
+    repair: Repair,
+    teller: Teller,
+    *,
+    background: bool,
+    started: Callable[[], None],
+) -> None:
+    """
+    Ask `tier` for a free answer and tell it as it comes.
+
+    Args:
+        tier: who is asked.
+        body: a prepared body.
+        repair: mends the stream, and knows the usage afterwards.
+        teller: tells it.
+        background: give way to calls that somebody waits for.
+        started: called when the call's turn has come.
+
+    Raises:
+        ApiError: refused, or failed on the way.
+        Lost: the server went away.
+        Truncated: its answer did.
+    """
+    permit = await tier.line.join(background)
+    try:
+        started()
+        try:
+            answer = await tier.client.messages(body)
+        except ApiError:
+            permit.finished()
+            raise
+        teller.commit()
+        parser = SSEParser()
+
+        def receive(chunk: bytes) -> None:
+            told: list[Event] = []
+            try:
+                for event in parser.feed(chunk):
+                    told += repair.feed(event)
+            except EventTooLong as error:
+                raise ApiError("api_error", f"The model server sent {error}.") from None
+            finally:
+                teller.tell(told)
+
+        await answer.stream(receive, teller.meet)
+        permit.finished()
+    finally:
+        permit.abandon()
+    if repair.usage.input is None:
+        # llama-server forgot its message_start, the only place where it says this.
+        repair.usage.input = await tier.counter.count(body)
+    teller.tell(repair.end())
+
+
+async def under_schema(
+    tier: Tier,
+    body: Mapping[str, Json],
+    schema: Mapping[str, Json],
+    repair: Repair,
+    teller: Teller,
+    *,
+    tokens: int,
+    background: bool,
+    started: Callable[[], None],
+) -> None:
+    """As `from_model`, for an answer of at most `tokens` that must fit `schema`."""
+    constrained.checked(schema)
+    permit = await tier.line.join(background)
+    try:
+        started()
+        try:
+            completion = await constrained.complete(tier.client, body, schema, tokens)
+        except ApiError:
+            permit.finished()
+            raise
+        permit.finished()
+    finally:
+        permit.abandon()
+    usage = repair.usage
+    usage.input, usage.cached = completion.evaluated, completion.cached
+    usage.output = completion.generated
+    message = {
+        "id": repair.message_id,
+        "type": "message",
+        "role": "assistant",
+        "model": repair.model,
+        "content": [{"type": "text", "text": completion.text}],
+        "stop_reason": "end_turn",
+        "stop_sequence": None,
+        "usage": usage.as_json(),
+    }
+    teller.tell(message_events(message))
+
+
+# --- how it is told ---------------------------------------------------------------------------
+
+
+@attrs.define(eq=False)
+class Whole:
+    """One JSON message, when all of it is there."""
+
+    _assembly: Assembly = attrs.field(factory=Assembly, init=False)
+
+    def commit(self) -> None: ...
+
+    def tell(self, events: Iterable[Event]) -> None:
+        self._assembly.add(events)
+
+    def meet(self, producer: IPushProducer) -> None: ...
+
+    def message(self) -> Mapping[str, Json]:
+        """The message that was told."""
+        return self._assembly.message()
+
+
+@attrs.define(eq=False)
+class Streamed:
+    """
+    A stream of events, with a pulse while there is nothing to say.
+
+    Use it as a context manager: it stops its clock when it is left.
+    """
+
+    client: Client
+    _reactor: IReactorTime
+    _said_at: float | None = attrs.field(default=None, init=False)
+    _beat_at: IDelayedCall | None = attrs.field(default=None, init=False)
+
+    def __enter__(self) -> Streamed:
+        self._beat_at = self._reactor.callLater(pulse.COMMIT, self._beat)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._beat_at is not None and self._beat_at.active():
+            self._beat_at.cancel()
+        self.client.part()
+
+    def commit(self) -> None:
+        if not self.client.begun:
+            self.client.begin()
+
+    def tell(self, events: Iterable[Event]) -> None:
+        data = b"".join(map(encode, events))
+        if data:
+            self._say(data)
+
+    def meet(self, producer: IPushProducer) -> None:
+        self.client.meet(producer)
+
+    def fail(self, error: ApiError, has_content: bool, request_id: str) -> None:
+        """
+        Put `error` into the stream, in the way that the client treats best.
+
+        Raises:
+            ApiError: `error` itself, where it can still be a status.
+        """
+        if not self.client.begun:
+            raise error
+        if not has_content and error.is_transient:
+            error = attrs.evolve(error, kind="overloaded_error")
+        self._say(error_event(error, request_id))
+
+    def _say(self, data: bytes) -> None:
+        self.commit()
+        self.client.write(data)
+        self._said_at = self._reactor.seconds()
+
+    def _beat(self) -> None:
+        data, again = pulse.due(self._reactor.seconds(), self._said_at)
+        if data:
+            self._say(data)
+        self._beat_at = self._reactor.callLater(again, self._beat)
+
+
+async def stream(
+    client: Client,
+    reactor: IReactorTime,
+    repair: Repair,
+    request_id: str,
+    ask: Ask,
+) -> ApiError | None:
+    """
+    Tell the answer that `ask` asks for as a stream, its failure included.
+
+    Returns:
+        What went wrong after the status was sent, if anything did.
+
+    Raises:
+        ApiError: it went wrong before.
+    """
+    with Streamed(client, reactor) as told:
+        try:
+            await ask(told)
+        except ApiError as error:
+            told.fail(error, repair.has_content, request_id)
+            return error
+        except (Lost, Truncated):
+            error = _went_away(repair.tier)
+            if repair.has_content:
+                client.cut()
+            else:
+                told.fail(error, False, request_id)
+            return error
+    return None
+
+
+async def whole(repair: Repair, ask: Ask) -> bytes:
+    """
+    The answer that `ask` asks for, as the JSON of one message.
+
+    Raises:
+        ApiError: it failed.
+    """
+    told = Whole()
+    try:
+        await ask(told)
+    except (Lost, Truncated):
+        raise _went_away(repair.tier) from None
+    return orjson.dumps(told.message())
+
+
+def _went_away(tier: str) -> ApiError:
+    return unavailable(f"The model server of tier {tier!r} went away in the middle of its answer.")

@@ -1,0 +1,162 @@
+"""
+Answers that must fit a JSON schema.
+
+llama-server's ``/v1/messages`` drops a schema, and its chat endpoints enforce one only with some
+templates; a rendered prompt sent to ``/completion`` with ``json_schema`` holds it with every one
+(docs/protocol.md, "Schemas").  Strings and lists get bounds of their own first, sized so that an
+answer of the allowed length always closes: a tiny model would fill a title with 32 000 tokens.
+llama-server ignores what it does not know in a schema, so the answer is validated here, asked for
+once more if it does not fit, and then it is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import attrs
+import orjson
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import SchemaError, ValidationError
+
+from gateway.llama.client import Completion, LlamaClient
+from gateway.wire import chat
+from gateway.wire.errors import ApiError, invalid
+
+Json = Any
+
+#: Characters that a list's item gets at least; more items than that leaves room for are not let in.
+_LEAST_ITEM: Final = 24
+
+#: The server's own limit, in multiples of the bound: a character may cost up to four tokens (an
+#: emoji in bytes), and white space between values is free.
+_SLACK: Final = 4
+
+#: Largest number either way; without a bound some grammars allow endless digits.
+_LARGEST: Final = 10**15
+
+ATTEMPTS: Final = 2
+
+
+async def complete(
+    client: LlamaClient, body: Mapping[str, Json], schema: Mapping[str, Json], tokens: int
+) -> Completion:
+    """
+    An answer to `body` that fits `schema`.
+
+    Args:
+        client: the server to ask; the caller holds a permit for it.
+        body: a prepared body.
+        schema: the client's own schema.
+        tokens: how long the answer may be.
+
+    Raises:
+        ApiError: 400 for a schema that cannot be used; 500 when no attempt gave a fitting answer.
+    """
+    validator = checked(schema)
+    tight = bounded(schema, tokens)
+    prompt = await client.apply_template(chat.from_messages(body))
+    wanted = {
+        "prompt": prompt,
+        "json_schema": tight,
+        "n_predict": tokens * _SLACK,
+        "cache_prompt": True,
+    }
+    sampling = {key: body[key] for key in ("temperature", "top_p", "top_k") if key in body}
+    for attempt in range(ATTEMPTS):
+        # The second time with the server's own sampling: at temperature 0 nothing would change.
+        completion = await client.complete(wanted | (sampling if attempt == 0 else {}))
+        if fits(validator, completion.text):
+            return completion
+    raise ApiError(
+        "api_error",
+        f"The model gave no answer that fits the schema in {ATTEMPTS} attempts.",
+        should_retry=False,
+    )
+
+
+def checked(schema: Mapping[str, Json]) -> Draft202012Validator:
+    """The validator of `schema`; raises ApiError where that is no valid JSON schema."""
+    try:
+        Draft202012Validator.check_schema(schema)
+    except SchemaError as error:
+        raise invalid(f"output_config.format.schema: {error.message[:200]}") from None
+    return Draft202012Validator(schema)
+
+
+def fits(validator: Draft202012Validator, text: str) -> bool:
+    """Whether `text` is JSON that fits."""
+    try:
+        validator.validate(orjson.loads(text))
+    except (ValueError, ValidationError):
+        return False
+    return True
+
+
+def bounded(schema: Mapping[str, Json], room: int) -> Json:
+    """
+    `schema` with bounds on its strings, lists and numbers.
+
+    Args:
+        schema: a valid schema.
+        room: characters that the whole answer may have, which is also the tokens that it may have
+            where each character is a token of its own.
+
+    Raises:
+        ApiError: 400, the schema refers to itself or to what is not there.
+    """
+    return _Bounding(schema).bound(schema, room, ())
+
+
+@attrs.frozen
+class _Bounding:
+    root: Mapping[str, Json]
+
+    def bound(self, schema: Json, room: int, inside: tuple[str, ...]) -> Json:
+        if not isinstance(schema, Mapping):
+            return schema  # true or false
+        if "$ref" in schema:
+            reference = schema["$ref"]
+            if reference in inside:
+                raise invalid("output_config.format.schema: recursive schemas are not supported")
+            return self.bound(self._resolve(reference), room, (*inside, reference))
+        tight = {key: value for key, value in schema.items() if key not in ("$defs", "definitions")}
+        for key in ("anyOf", "oneOf", "allOf"):
+            if key in schema:
+                tight[key] = [self.bound(each, room, inside) for each in schema[key]]
+        kinds = schema.get("type", ())
+        kinds = {kinds} if isinstance(kinds, str) else set(kinds)
+        if "enum" in schema or "const" in schema:
+            return tight
+        if "string" in kinds and "pattern" not in schema and "format" not in schema:
+            tight["maxLength"] = max(1, min(room, schema.get("maxLength", room)))
+        if kinds & {"integer", "number"}:
+            tight.setdefault("minimum", schema.get("exclusiveMinimum", -_LARGEST))
+            tight.setdefault("maximum", schema.get("exclusiveMaximum", _LARGEST))
+        if "array" in kinds or "items" in schema:
+            least = schema.get("minItems", 0)
+            most = max(1, least, min(room // _LEAST_ITEM, schema.get("maxItems", room)))
+            tight["maxItems"] = most
+            tight["items"] = self.bound(schema.get("items", {"type": "string"}), room // most, inside)
+        if "properties" in schema:
+            properties = schema["properties"]
+            names = sum(len(name) + 6 for name in properties)
+            share = max(8, (room - names) // max(1, len(properties)))
+            tight["properties"] = {
+                name: self.bound(each, share, inside) for name, each in properties.items()
+            }
+            tight.setdefault("additionalProperties", False)
+        return tight
+
+    def _resolve(self, reference: Json) -> Json:
+        found: Json = self.root
+        try:
+            if not reference.startswith("#/"):
+                raise KeyError(reference)
+            for step in reference[2:].split("/"):
+                found = found[step.replace("~1", "/").replace("~0", "~")]
+        except (KeyError, TypeError, AttributeError):
+            raise invalid(
+                f"output_config.format.schema: $ref {str(reference)[:80]!r} leads nowhere"
+            ) from None
+        return found

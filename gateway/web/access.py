@@ -1,0 +1,174 @@
+"""
+Who may come in, and how large.
+
+Every request is checked before anything else sees it, by `Access.refusal`: a pure function of its
+path and headers.  A web page that reaches loopback by a name of its own (DNS rebinding) is stopped
+by the ``Host`` check, a body that is too large by `BoundedRequest`, which never holds more than the
+limit.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Collection, Mapping
+from io import BytesIO
+from typing import Any, Final
+from uuid import uuid4
+
+import attrs
+import orjson
+from twisted.web.http import HTTPChannel
+from twisted.web.server import Request, Site
+
+from gateway.wire.errors import ApiError, invalid
+
+_LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "[::1]"})
+
+#: A body that is longer than this many times the limit is not even read to its end.
+_HARD: Final = 4
+
+#: Headers that we look at, and that must come at most once.
+_ONCE: Final = (b"host", b"authorization", b"x-api-key", b"content-length")
+
+
+@attrs.frozen
+class Access:
+    """
+    Attributes:
+        token: what clients must show; None lets everybody in who is on this machine.
+        hosts: names under which we may be addressed, beside the loopback ones.
+        body_limit: bytes that a body may have.
+    """
+
+    token: str | None = attrs.field(repr=False)
+    hosts: Collection[str]
+    body_limit: int
+
+    def refusal(self, path: str, headers: Mapping[str, str]) -> ApiError | None:
+        """
+        Why this request may not come in, or None.
+
+        Args:
+            path: what it asks for.
+            headers: its headers, names in lower case.
+        """
+        host = _without_port(headers.get("host", "")).lower()
+        if host not in _LOOPBACK and host not in self.hosts:
+            return ApiError(
+                "permission_error",
+                f"This gateway does not answer to the name {host[:100]!r};"
+                " add it to hosts in [gateway] if it should.",
+            )
+        if path == "/healthz" or self.token is None:
+            return None
+        shown = headers.get("x-api-key") or headers.get("authorization", "")
+        shown = shown.removeprefix("Bearer ").strip()
+        if hmac.compare_digest(shown.encode(), self.token.encode()):
+            return None
+        return ApiError(
+            "authentication_error",
+            "This gateway wants its token, as x-api-key or as Authorization: Bearer.",
+        )
+
+
+def _without_port(host: str) -> str:
+    name, colon, port = host.rpartition(":")
+    return name if colon and port.isdigit() else host
+
+
+class BoundedRequest(Request):
+    """
+    A request whose body stays in memory and within the limit, and which is checked when it is all
+    there.
+
+    A refusal has to wait for the end of the body: an answer before that would be lost with the
+    connection, since the client is still sending.
+    """
+
+    access: Access
+    length = 0
+
+    def __init__(self, channel: HTTPChannel, *args: Any, **kwargs: Any) -> None:
+        super().__init__(channel, *args, **kwargs)
+        self.request_id = f"req_{uuid4().hex}"
+        self.defaultContentType = None  # type: ignore[assignment]  # the base class knows bytes only
+
+    def gotLength(self, length: int | None) -> None:
+        self.content = BytesIO()
+        if length is not None and length > self.access.body_limit * _HARD:
+            self.channel.forceAbortClient()  # type: ignore[attr-defined]
+
+    def handleContentChunk(self, data: bytes) -> None:
+        self.length += len(data)
+        if self.length <= self.access.body_limit:
+            assert self.content is not None
+            self.content.write(data)
+        elif self.length > self.access.body_limit * _HARD:
+            self.channel.forceAbortClient()  # type: ignore[attr-defined]
+
+    def header_values(self) -> dict[str, str]:
+        """The headers, names in lower case, each with its last value."""
+        return {
+            name.decode("latin-1").lower(): values[-1].decode("latin-1")
+            for name, values in self.requestHeaders.getAllRawHeaders()
+        }
+
+    def process(self) -> None:
+        self.setHeader(b"request-id", self.request_id.encode())
+        error = self._mistake()
+        if error is None:
+            super().process()
+        else:
+            refuse(self, error)
+
+    def _mistake(self) -> ApiError | None:
+        limit = self.access.body_limit
+        if self.length > limit:
+            return ApiError(
+                "request_too_large",
+                f"The body has {self.length} bytes; this gateway takes {limit}.",
+            )
+        for name in _ONCE:
+            if len(self.requestHeaders.getRawHeaders(name, [])) > 1:
+                return invalid(f"The header {name.decode()} stands there more than once.")
+        try:
+            path = self.path.decode("ascii")
+            self.method.decode("ascii")
+        except UnicodeDecodeError:
+            return invalid("The request line has characters that are not ASCII.")
+        return self.access.refusal(path, self.header_values())
+
+
+def refuse(request: Request, error: ApiError) -> None:
+    """Answer `request` with `error`."""
+    body = write_error(request, error)
+    request.write(body)
+    request.finish()
+
+
+def write_error(request: Request, error: ApiError) -> bytes:
+    """Set the status and the headers that `error` wants, and give its body."""
+    request.setResponseCode(error.status)
+    request.setHeader(b"content-type", b"application/json")
+    for name, value in error.headers().items():
+        request.setHeader(name.encode(), value.encode())
+    identity = getattr(request, "request_id", "")
+    body = orjson.dumps(error.envelope(identity))
+    request.setHeader(b"content-length", b"%d" % len(body))
+    return body
+
+
+class QuietSite(Site):
+    """A site that leaves the log to the ledger."""
+
+    def log(self, request: Any) -> None:
+        """Nothing: each call has a line of its own."""
+
+
+def site(resource: Any, access: Access, reactor: Any) -> Site:
+    """The site in front of `resource`, with `access` at its door."""
+    factory = QuietSite(
+        resource, timeout=60, reactor=reactor, parsePOSTFormSubmission=False
+    )
+    factory.requestFactory = type("GuardedRequest", (BoundedRequest,), {"access": access})
+    return factory

@@ -1,0 +1,231 @@
+"""
+The Messages API over HTTP, and nothing else: parse once, hand to dispatch, write what comes back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, ClassVar
+
+import attrs
+import orjson
+from klein import Klein
+from twisted.internet.defer import CancelledError, Deferred, gatherResults
+from twisted.internet.error import TimeoutError
+from twisted.internet.interfaces import IPushProducer, IReactorTime
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from werkzeug.exceptions import HTTPException
+
+from gateway.dispatch import Dispatch
+from gateway.policy.routes import MODEL_PREFIX
+from gateway.web.access import BoundedRequest, write_error
+from gateway.wire.errors import ApiError, unavailable
+
+Json = Any
+
+log = Logger()
+
+
+def _app() -> Klein:
+    app = Klein()
+    # A gateway must not redirect: "//v1/messages" is unknown, not a way to "/v1/messages".
+    app.url_map.merge_slashes = False
+    app.url_map.strict_slashes = False
+    return app
+
+
+@attrs.define(eq=False)
+class Reply:
+    """The client's side of one request (`gateway.tier.answer.Client`)."""
+
+    request: BoundedRequest
+    begun: bool = False
+    _producing: bool = False
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    def routed(self, tier: str, kind: str) -> None:
+        self.request.setHeader("x-claudegw-tier", tier)
+        self.request.setHeader("x-claudegw-call", kind)
+
+    def begin(self) -> None:
+        self.begun = True
+        self.request.setHeader("content-type", "text/event-stream; charset=utf-8")
+        self.request.setHeader("cache-control", "no-cache")
+        self.request.write(b"")  # without it the status waits for the first byte of the body
+
+    def write(self, data: bytes) -> None:
+        self.request.write(data)
+
+    def meet(self, producer: IPushProducer) -> None:
+        if self.request.channel is not None:  # it is None once the client has left
+            self._producing = True
+            self.request.registerProducer(producer, True)
+
+    def part(self) -> None:
+        if self._producing and self.request.channel is not None:
+            self._producing = False
+            self.request.unregisterProducer()
+
+    def cut(self) -> None:
+        if self.request.channel is not None:
+            self.request.channel.forceAbortClient()
+
+
+@attrs.define(eq=False)
+class Api:
+    """
+    Attributes:
+        dispatch: answers the calls.
+        version: ours, for ``/status``.
+    """
+
+    dispatch: Dispatch
+    version: str
+    _under_way: set[Deferred[bytes | None]] = attrs.field(factory=set, init=False)
+    app: ClassVar[Klein] = _app()
+
+    # --- the Messages API -------------------------------------------------------------------------
+
+    @app.route("/v1/messages", methods=["POST"])
+    async def messages(self, request: BoundedRequest) -> bytes | None:
+        reply = Reply(request)
+        return await self._answer(reply, self.dispatch.message)
+
+    @app.route("/v1/messages/count_tokens", methods=["POST"])
+    async def count_tokens(self, request: BoundedRequest) -> bytes | None:
+        reply = Reply(request)
+
+        async def count(raw: bytes, headers: Mapping[str, str], reply: Reply) -> bytes:
+            tokens = await self.dispatch.count(raw, headers, reply)
+            return orjson.dumps({"input_tokens": tokens})
+
+        return await self._answer(reply, count)
+
+    @app.route("/v1/models", methods=["GET"])
+    async def models(self, request: BoundedRequest) -> bytes:
+        """Each tier as a model, with its true window while its server is up."""
+        listed = []
+        for name, tier in self.dispatch.tiers.items():
+            try:
+                props = await tier.props()
+            except ApiError:
+                alias, window = "not running", None
+            else:
+                alias, window = props.alias.rpartition("/")[2], props.n_ctx
+            listed.append(
+                {
+                    "type": "model",
+                    "id": f"{MODEL_PREFIX}{name}",
+                    "display_name": f"{name}: {alias}",
+                    "created_at": "2026-01-01T00:00:00Z",
+                    "max_input_tokens": window,
+                    "max_tokens": window,
+                }
+            )
+        ends = {"first_id": listed[0]["id"], "last_id": listed[-1]["id"]}
+        return _json(request, {"data": listed, "has_more": False, **ends})
+
+    # --- for who runs the house -------------------------------------------------------------------
+
+    @app.route("/", methods=["HEAD"])
+    def warm_up(self, request: BoundedRequest) -> bytes:
+        return b""
+
+    @app.route("/api/hello", methods=["HEAD"])
+    def hello(self, request: BoundedRequest) -> bytes:
+        return b""
+
+    @app.route("/healthz", methods=["GET"])
+    def health(self, request: BoundedRequest) -> bytes:
+        return _json(request, {"status": "ok"})
+
+    @app.route("/status", methods=["GET"])
+    def status(self, request: BoundedRequest) -> bytes:
+        tiers = {name: tier.status() for name, tier in self.dispatch.tiers.items()}
+        status = {"version": self.version, "tiers": tiers, **self.dispatch.ledger.status()}
+        return _json(request, status)
+
+    # --- the end of the day -----------------------------------------------------------------------
+
+    async def drain(self, grace: float, reactor: IReactorTime) -> None:
+        """Wait until no answer is under way any more, for `grace` seconds at most; then cut."""
+        ended = gatherResults([_without_result(each) for each in self._under_way])
+        try:
+            await ended.addTimeout(grace, reactor)
+        except TimeoutError:
+            for answer in list(self._under_way):
+                answer.cancel()
+
+    # --- errors -----------------------------------------------------------------------------------
+
+    async def _answer(
+        self,
+        reply: Reply,
+        answer: Callable[[bytes, Mapping[str, str], Reply], Awaitable[bytes | None]],
+    ) -> bytes | None:
+        """The body to send; after a stream none, and no exception may leave either."""
+        request = reply.request
+        assert request.content is not None
+        answered = Deferred.fromCoroutine(
+            answer(request.content.read(), request.header_values(), reply)
+        )
+        self._under_way.add(answered)
+        try:
+            body = await answered
+        except Exception as error:
+            if not reply.begun:
+                raise
+            # An exception that left now would put an HTML page into the stream.
+            if not isinstance(error, CancelledError):
+                log.failure("{id} broke after its status was sent", id=reply.request_id)
+            reply.cut()
+            return None
+        finally:
+            self._under_way.discard(answered)
+        if body is not None:
+            request.setHeader("content-type", "application/json")
+        return body
+
+    @app.handle_errors(ApiError)
+    def refused(self, request: BoundedRequest, failure: Failure) -> bytes:
+        return write_error(request, failure.value)
+
+    @app.handle_errors(CancelledError)
+    def cancelled(self, request: BoundedRequest, failure: Failure) -> bytes:
+        """Reached only where the client is still there: the service stops."""
+        return write_error(request, unavailable("The gateway is stopping; try again."))
+
+    @app.handle_errors(HTTPException)
+    def unknown(self, request: BoundedRequest, failure: Failure) -> bytes:
+        path = request.path.decode("ascii", "replace")[:100]
+        method = request.method.decode("ascii", "replace")[:20]
+        error = ApiError("not_found_error", f"There is no {method} {path} here.")
+        return write_error(request, error)
+
+    @app.handle_errors(Exception)
+    def broken(self, request: BoundedRequest, failure: Failure) -> bytes:
+        log.failure("{id} failed", failure=failure, id=request.request_id)
+        error = ApiError("api_error", "The gateway itself failed; its log says why.")
+        return write_error(request, error)
+
+
+def _without_result(answer: Deferred[bytes | None]) -> Deferred[None]:
+    """Fires when `answer` does, whatever came of it, and leaves it as it is."""
+    ended: Deferred[None] = Deferred()
+
+    def end(result: Any) -> Any:
+        if not ended.called:
+            ended.callback(None)
+        return result
+
+    answer.addBoth(end)
+    return ended
+
+
+def _json(request: BoundedRequest, value: Json) -> bytes:
+    request.setHeader("content-type", "application/json")
+    return orjson.dumps(value)

@@ -1,0 +1,1 @@
+"""The Messages API as plain values: no Twisted, no I/O."""

@@ -1,0 +1,120 @@
+"""
+Messages shape -> chat (OpenAI) shape, exactly as llama-server converts it itself.
+
+``/apply-template`` wants the chat shape, ``/v1/messages`` takes the Messages shape and converts it
+inside (llama.cpp `tools/server/server-chat.cpp`, `server_chat_convert_anthropic_to_oai`).  A count
+that is taken here must equal the usage of the call that is made there, so this conversion follows
+that one step by step, what it drops included; what it drops or misplaces is mended before, in
+`gateway.policy.prefix`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+
+Json = Any
+
+
+def from_messages(body: Mapping[str, Json]) -> dict[str, Json]:
+    """The chat-shaped body for ``/apply-template`` that renders as `body` does."""
+    messages: list[Json] = []
+    system = body.get("system")
+    if system is not None:
+        text = system if isinstance(system, str) else "".join(_texts(system))
+        messages.append({"role": "system", "content": text})
+    for message in body["messages"]:
+        messages.extend(_message(message))
+    chat: dict[str, Json] = {"messages": messages}
+    if "tools" in body:
+        chat["tools"] = [_tool(tool) for tool in body["tools"]]
+    choice = (body.get("tool_choice") or {}).get("type")
+    if choice == "auto":
+        chat["tool_choice"] = "auto"
+    elif choice in ("any", "tool"):
+        chat["tool_choice"] = "required"
+    if "chat_template_kwargs" in body:
+        chat["chat_template_kwargs"] = body["chat_template_kwargs"]
+    return chat
+
+
+def _texts(blocks: list[Json]) -> list[str]:
+    return [block["text"] for block in blocks if block.get("type") == "text"]
+
+
+def _tool(tool: Json) -> Json:
+    return {
+        "type": "function",
+        "function": {
+            "name": tool.get("name", ""),
+            "description": tool.get("description", ""),
+            "parameters": tool.get("input_schema", {}),
+        },
+    }
+
+
+def _message(message: Json) -> list[Json]:
+    role, content = message["role"], message["content"]
+    if isinstance(content, str):
+        return [{"role": role, "content": content}]
+    parts: list[Json] = []
+    calls: list[Json] = []
+    results: list[Json] = []
+    reasoning = ""
+    for block in content:
+        kind = block.get("type")
+        if kind == "text":
+            parts.append(block)
+        elif kind == "thinking":
+            reasoning += block["thinking"]
+        elif kind == "image":
+            parts.extend(_image(block))
+        elif kind == "tool_use":
+            calls.append(_call(block))
+        elif kind == "tool_result":
+            results.append(_result(block))
+    found: list[Json] = []
+    if parts or calls or reasoning:
+        new: dict[str, Json] = {"role": role, "content": parts or ""}
+        if calls:
+            new["tool_calls"] = calls
+        if reasoning:
+            new["reasoning_content"] = reasoning
+        found.append(new)
+    return found + results
+
+
+def _call(block: Json) -> Json:
+    arguments = orjson.dumps(block["input"]).decode()
+    return {
+        "id": block["id"],
+        "type": "function",
+        "function": {"name": block["name"], "arguments": arguments},
+    }
+
+
+def _image(block: Json) -> list[Json]:
+    source = block["source"]
+    if source["type"] == "base64":
+        url = f"data:{source['media_type']};base64,{source['data']}"
+    elif source["type"] == "url":
+        url = source["url"]
+    else:
+        return []
+    return [{"type": "image_url", "image_url": {"url": url}}]
+
+
+def _result(block: Json) -> Json:
+    content = block.get("content") or ""
+    if not isinstance(content, str):
+        parts: list[Json] = []
+        for part in content:
+            if part.get("type") == "text":
+                parts.append({"type": "text", "text": part["text"]})
+            elif part.get("type") == "image":
+                parts.extend(_image(part))
+        has_image = any(part["type"] == "image_url" for part in parts)
+        content = parts if has_image else "".join(part["text"] for part in parts)
+    return {"role": "tool", "tool_call_id": block["tool_use_id"], "content": content}
