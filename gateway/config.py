@@ -138,7 +138,10 @@ class Gateway:
         grace: seconds that answers under way get to end when the service stops.
     """
 
-    listen: str = attrs.field(default="tcp:9090:interface=127.0.0.1", metadata=_must('a Twisted endpoint such as "tcp:9090"', is_listenable))
+    listen: str = attrs.field(
+        default="tcp:9090:interface=127.0.0.1",
+        metadata=_must('a Twisted endpoint such as "tcp:9090"', is_listenable),
+    )
     state_dir: Path = Path("~/.local/share/claudegw")
     token: str | None = attrs.field(default=None, metadata=_filled, repr=False)
     hosts: tuple[str, ...] = ()
@@ -178,8 +181,12 @@ class Tier:
         server: how to start it; None if somebody else does.
     """
 
-    url: str = attrs.field(metadata=_must('"http://host:port" or "unix:/path/to.sock"', is_upstream))
-    kind: str = attrs.field(default="llama-server", metadata=_must('"llama-server"', {"llama-server"}.__contains__))
+    url: str = attrs.field(
+        metadata=_must('"http://host:port" or "unix:/path/to.sock"', is_upstream)
+    )
+    kind: str = attrs.field(
+        default="llama-server", metadata=_must('"llama-server"', {"llama-server"}.__contains__)
+    )
     slots: int = attrs.field(default=1, metadata=_between(1, 256))
     api_key: str | None = attrs.field(default=None, metadata=_filled, repr=False)
     max_waiting: int = attrs.field(default=64, metadata=_between(1, 100_000))
@@ -239,7 +246,7 @@ def parse(raw: Mapping[str, Any], kinds: tuple[str, ...]) -> Config:
     """The configuration in `raw`, as `load`; raises ConfigError."""
     try:
         config = _converter().structure(raw, Config)
-    except Exception as error:  # cattrs gathers in an ExceptionGroup whatever the hooks raised
+    except Exception as error:  # noqa: BLE001  # cattrs gathers in an ExceptionGroup whatever the hooks raised
         lines = transform_error(error, format_exception=_format)
         raise ConfigError([_readable(line) for line in lines]) from None
     mistakes = list(_contradictions(config, kinds))
@@ -277,7 +284,9 @@ def _converter() -> Converter:
     for kind, name in ((str, "a string"), (int, "an integer"), (bool, "true or false")):
         converter.register_structure_hook(kind, _exactly(kind, name))
     converter.register_structure_hook(float, _a_number)
-    converter.register_structure_hook(Path, lambda value, _: Path(_exactly(str, "a path")(value, str)))
+    converter.register_structure_hook(
+        Path, lambda value, _: Path(_exactly(str, "a path")(value, str))
+    )
     converter.register_structure_hook_factory(attrs.has, lambda kind: _checked(converter, kind))
     return converter
 
@@ -293,14 +302,12 @@ def _checked(converter: Converter, kind: type[Any]) -> Callable[[Any, Any], Any]
 
         return structure
 
-    overrides = {
+    overrides: dict[str, Any] = {
         field.name: override(struct_hook=hook(field.metadata[_CHECK]))
         for field in attrs.fields(kind)
         if _CHECK in field.metadata
     }
-    return make_dict_structure_fn(
-        kind, converter, _cattrs_forbid_extra_keys=True, **overrides
-    )
+    return make_dict_structure_fn(kind, converter, _cattrs_forbid_extra_keys=True, **overrides)
 
 
 def _exactly(kind: type, name: str) -> Callable[[Any, Any], Any]:

@@ -38,7 +38,9 @@ _EACH_TOOL: Final = 64
 class Caller(Client, Protocol):
     """A client that also wants to know where its call goes, before the first byte."""
 
-    request_id: str
+    @property
+    def request_id(self) -> str:
+        """What the client was told as ``request-id``."""
 
     def routed(self, tier: str, kind: str) -> None:
         """The call goes to `tier`, as one of `kind`."""
@@ -59,6 +61,8 @@ class _Prepared:
 @attrs.frozen(eq=False)
 class Dispatch:
     """
+    Conducts calls through the house.
+
     Attributes:
         tiers: all there are, by name.
         rules: the routes of the configuration.
@@ -70,9 +74,7 @@ class Dispatch:
     ledger: Ledger
     _reactor: IReactorTime
 
-    async def message(
-        self, raw: bytes, headers: Mapping[str, str], caller: Caller
-    ) -> bytes | None:
+    async def message(self, raw: bytes, headers: Mapping[str, str], caller: Caller) -> bytes | None:
         """
         Answer a Messages call.
 
@@ -109,7 +111,7 @@ class Dispatch:
         """
         with self.ledger.call(caller.request_id) as record:
             request = wire.parse(raw, counting=True)
-            call, route, tier = self._route(request, headers)
+            _, route, tier = self._route(request, headers)
             record.kind, record.model = "count", request.model
             record.tier, record.rule = route.tier, route.rule
             caller.routed(route.tier, "count")
@@ -162,9 +164,7 @@ class Dispatch:
             return route
         return routes.too_long_for_small(route, tokens, window)
 
-    async def _room(
-        self, request: MessagesRequest, body: Mapping[str, Json], tier: Tier
-    ) -> int:
+    async def _room(self, request: MessagesRequest, body: Mapping[str, Json], tier: Tier) -> int:
         """
         The longest answer that fits the window, in tokens.
 
@@ -184,15 +184,14 @@ class Dispatch:
 
     def _asking(self, ready: _Prepared, repair: Repair) -> answer.Ask:
         """How the answer of `ready` is asked for, once somebody says how it is to be told."""
-        common = {
-            "background": ready.route.background,
-            "started": partial(self.ledger.started, ready.record),
-        }
+        background, started = ready.route.background, partial(self.ledger.started, ready.record)
         schema = ready.request.schema
         if schema is None or ready.request.tools:
 
             async def ask(teller: Teller) -> None:
-                await answer.from_model(ready.tier, ready.body, repair, teller, **common)
+                await answer.from_model(
+                    ready.tier, ready.body, repair, teller, background=background, started=started
+                )
 
             return ask
         tokens = ready.body["max_tokens"]
@@ -201,7 +200,14 @@ class Dispatch:
 
         async def ask_under_schema(teller: Teller) -> None:
             await answer.under_schema(
-                ready.tier, ready.body, schema, repair, teller, tokens=tokens, **common
+                ready.tier,
+                ready.body,
+                schema,
+                repair,
+                teller,
+                tokens=tokens,
+                background=background,
+                started=started,
             )
 
         return ask_under_schema

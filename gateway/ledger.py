@@ -29,6 +29,8 @@ log = Logger()
 @attrs.define(eq=False)
 class Record:
     """
+    What is written down of one call.
+
     Attributes:
         id: the ``request-id`` that the client was told.
         arrived: seconds on the ledger's clock, as all times here.

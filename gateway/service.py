@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import attrs
 from twisted.application import strports
@@ -31,11 +31,11 @@ from gateway.web.api import Api
 log = Logger()
 
 
-class Options(usage.Options):  # type: ignore[misc]  # untyped
+class Options(usage.Options):
     """The command line of ``twistd claudegw``."""
 
     synopsis = "[--config FILE]"
-    optParameters = [
+    optParameters: ClassVar = [
         ["config", "c", "etc/gw.toml", "The configuration; etc/gw.toml explains every key."]
     ]
 
@@ -49,13 +49,13 @@ class Options(usage.Options):  # type: ignore[misc]  # untyped
 
 def makeService(options: Options) -> Service:
     """The service that twistd runs."""
-    from twisted.internet import reactor
+    from twisted.internet import reactor  # importing it installs it
 
     return House.built(options.loaded, reactor)
 
 
 @attrs.define(eq=False)
-class House(MultiService):  # type: ignore[misc]  # untyped
+class House(MultiService):
     """
     Everything there is: the door, the tiers, their children.
 
@@ -100,8 +100,11 @@ class House(MultiService):  # type: ignore[misc]  # untyped
             tier.line.start()
         self._reactor.callWhenRunning(self._take_sigterm)
         super().startService()
-        log.info("claudegw {version} listens on {listen}",
-                 version=self.api.version, listen=self.config.gateway.listen)
+        log.info(
+            "claudegw {version} listens on {listen}",
+            version=self.api.version,
+            listen=self.config.gateway.listen,
+        )
 
     def stopService(self) -> Deferred[None]:
         return Deferred.fromCoroutine(self._stop())
@@ -117,6 +120,4 @@ class House(MultiService):  # type: ignore[misc]  # untyped
 
     def _take_sigterm(self) -> None:
         """Twisted's own would end the process by the signal; a stop that went well is a 0."""
-        signal.signal(
-            signal.SIGTERM, lambda *_: self._reactor.callFromThread(self._reactor.stop)
-        )
+        signal.signal(signal.SIGTERM, lambda *_: self._reactor.callFromThread(self._reactor.stop))

@@ -11,6 +11,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -23,8 +24,8 @@ from twisted.internet.error import ProcessExitedAlready
 from twisted.internet.interfaces import IDelayedCall, IProcessTransport
 from twisted.internet.protocol import ProcessProtocol
 from twisted.logger import Logger
-from twisted.python.logfile import LogFile
 from twisted.python.failure import Failure
+from twisted.python.logfile import LogFile
 
 from gateway.config import Server, Tier
 
@@ -75,7 +76,7 @@ def command(tier: Tier, server: Server, state_dir: Path) -> list[str]:
 
 
 @attrs.define(eq=False)
-class Child(Service):  # type: ignore[misc]  # Service is untyped
+class Child(Service):
     """
     The service that keeps one child running.
 
@@ -134,10 +135,8 @@ class Child(Service):  # type: ignore[misc]  # Service is untyped
     def _signal(self, name: str) -> None:
         if self._process is None:
             return
-        try:
+        with suppress(ProcessExitedAlready):  # then `_gone` is on its way
             self._process.signalProcess(name)
-        except ProcessExitedAlready:
-            pass  # `_gone` is on its way
 
     def _gone(self, reason: Failure, last_words: str) -> None:
         self._process = None

@@ -10,7 +10,7 @@ llama-server when it is cancelled; that is how a client's leaving stops the work
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import attrs
 import orjson
@@ -29,7 +29,6 @@ from twisted.python.failure import Failure
 from twisted.web.client import (
     Agent,
     HTTPConnectionPool,
-    PotentialDataLoss,
     RequestGenerationFailed,
     RequestTransmissionFailed,
     ResponseDone,
@@ -37,6 +36,7 @@ from twisted.web.client import (
     ResponseNeverReceived,
     _HTTP11ClientFactory,
 )
+from twisted.web.http import PotentialDataLoss
 from twisted.web.http_headers import Headers
 from twisted.web.iweb import IAgentEndpointFactory, IBodyProducer, IResponse
 from zope.interface import implementer
@@ -122,6 +122,9 @@ class _BytesBody:
     def stopProducing(self) -> None: ...
 
 
+_DONE: Final = Failure(ResponseDone())
+
+
 @attrs.define(eq=False)
 class _Reading(Protocol):
     """
@@ -142,22 +145,27 @@ class _Reading(Protocol):
 
     def _hang_up(self, _: object) -> None:
         self.done = None
+        self._close()
+
+    def _close(self) -> None:
+        assert self.transport is not None
         self.transport.loseConnection()
 
     def connectionMade(self) -> None:
-        self.meet(self.transport)
+        # What stands beneath a response's body is no whole transport, but it is a producer.
+        self.meet(cast("IPushProducer", self.transport))
 
     def dataReceived(self, data: bytes) -> None:
         if self.done is None:
             return
         try:
             self.receive(data)
-        except Exception:
+        except Exception:  # noqa: BLE001  # whatever it is, who awaits `done` gets it
             done, self.done = self.done, None
-            self.transport.loseConnection()
+            self._close()
             done.errback(Failure())
 
-    def connectionLost(self, reason: Failure = Failure(ResponseDone())) -> None:
+    def connectionLost(self, reason: Failure = _DONE) -> None:
         done, self.done = self.done, None
         if done is None:
             return
@@ -373,5 +381,5 @@ class _Always:
 
     endpoint: IStreamClientEndpoint
 
-    def endpointForURI(self, uri: object) -> IStreamClientEndpoint:
+    def endpointForURI(self, uri: object) -> IStreamClientEndpoint:  # noqa: ARG002
         return self.endpoint

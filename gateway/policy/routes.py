@@ -41,9 +41,7 @@ class Route:
     background: bool = False
 
 
-def choose(
-    call: Call, model: str, rules: Sequence[RouteRule], tiers: Collection[str]
-) -> Route:
+def choose(call: Call, model: str, rules: Sequence[RouteRule], tiers: Collection[str]) -> Route:
     """
     The route of `call`.
 

@@ -14,7 +14,7 @@ error makes it send the call again without streaming, which then gets the true s
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import attrs
 import orjson
@@ -212,7 +212,7 @@ class Streamed:
     _said_at: float | None = attrs.field(default=None, init=False)
     _beat_at: IDelayedCall | None = attrs.field(default=None, init=False)
 
-    def __enter__(self) -> Streamed:
+    def __enter__(self) -> Self:
         self._beat_at = self._reactor.callLater(pulse.COMMIT, self._beat)
         return self
 
@@ -233,7 +233,7 @@ class Streamed:
     def meet(self, producer: IPushProducer) -> None:
         self.client.meet(producer)
 
-    def fail(self, error: ApiError, has_content: bool, request_id: str) -> None:
+    def fail(self, error: ApiError, *, has_content: bool, request_id: str) -> None:
         """
         Put `error` into the stream, in the way that the client treats best.
 
@@ -278,15 +278,15 @@ async def stream(
         try:
             await ask(told)
         except ApiError as error:
-            told.fail(error, repair.has_content, request_id)
+            told.fail(error, has_content=repair.has_content, request_id=request_id)
             return error
         except (Lost, Truncated):
-            error = _went_away(repair.tier)
+            gone = _went_away(repair.tier)
             if repair.has_content:
                 client.cut()
             else:
-                told.fail(error, False, request_id)
-            return error
+                told.fail(gone, has_content=False, request_id=request_id)
+            return gone
     return None
 
 

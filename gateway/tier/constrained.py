@@ -137,7 +137,9 @@ class _Bounding:
             least = schema.get("minItems", 0)
             most = max(1, least, min(room // _LEAST_ITEM, schema.get("maxItems", room)))
             tight["maxItems"] = most
-            tight["items"] = self.bound(schema.get("items", {"type": "string"}), room // most, inside)
+            tight["items"] = self.bound(
+                schema.get("items", {"type": "string"}), room // most, inside
+            )
         if "properties" in schema:
             properties = schema["properties"]
             names = sum(len(name) + 6 for name in properties)
@@ -150,13 +152,14 @@ class _Bounding:
 
     def _resolve(self, reference: Json) -> Json:
         found: Json = self.root
+        start, *steps = str(reference).split("/")
         try:
-            if not reference.startswith("#/"):
-                raise KeyError(reference)
-            for step in reference[2:].split("/"):
+            for step in steps:
                 found = found[step.replace("~1", "/").replace("~0", "~")]
-        except (KeyError, TypeError, AttributeError):
+        except (KeyError, TypeError):
+            start = ""
+        if start != "#":
             raise invalid(
                 f"output_config.format.schema: $ref {str(reference)[:80]!r} leads nowhere"
-            ) from None
+            )
         return found

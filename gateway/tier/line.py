@@ -12,7 +12,7 @@ The line writes no bytes; it knows nothing of HTTP.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from typing import Final
 
 import attrs
@@ -20,6 +20,7 @@ from twisted.internet.defer import CancelledError, Deferred, DeferredSemaphore
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
+from twisted.python.failure import Failure
 
 from gateway.policy import order
 from gateway.wire.errors import ApiError, overloaded
@@ -45,18 +46,19 @@ class Permit:
     when the slot is known to be idle.  The first of the two counts.
     """
 
-    _line: Line
+    _give_back: Callable[[], None]
+    _settle: Callable[[], None]
     _spent: bool = False
 
     def finished(self) -> None:
         if not self._spent:
             self._spent = True
-            self._line._give_back()
+            self._give_back()
 
     def abandon(self) -> None:
         if not self._spent:
             self._spent = True
-            self._line._settle()
+            self._settle()
 
 
 @attrs.define(eq=False)
@@ -70,6 +72,8 @@ class _Place:
 @attrs.define(eq=False)
 class Line:
     """
+    The calls that wait for one model, and those that run on it.
+
     Attributes:
         slots: how many calls may run at once.
         max_waiting: how many may wait; one more is refused.
@@ -162,7 +166,7 @@ class Line:
                 raise
             place = self._waiting.pop(order.next_to_go(self._waiting))
             self._running += 1
-            place.turn.callback(Permit(self))
+            place.turn.callback(Permit(self._give_back, self._settle))
 
     def _give_back(self) -> None:
         self._running -= 1
@@ -209,5 +213,5 @@ class Line:
         return max(0, min(settling, self._running + settling - busy))
 
 
-def _unless_cancelled(failure: object) -> None:
-    failure.trap(CancelledError)  # type: ignore[attr-defined]
+def _unless_cancelled(failure: Failure) -> None:
+    failure.trap(CancelledError)

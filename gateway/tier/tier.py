@@ -1,6 +1,4 @@
-"""
-What is known of one model that calls are sent to: its server, its line, its window.
-"""
+"""What is known of one model that calls are sent to: its server, its line, its window."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ import attrs
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
-from gateway import config
+from gateway.config import Tier as Wanted
 from gateway.llama.client import LlamaClient, Props
 from gateway.tier.count import Counter
 from gateway.tier.line import Line
@@ -28,6 +26,8 @@ log = Logger()
 @attrs.define(eq=False)
 class Tier:
     """
+    One tier, with all that belongs to it.
+
     Attributes:
         name: as in the configuration.
         config: its part of the configuration.
@@ -37,7 +37,7 @@ class Tier:
     """
 
     name: str
-    config: config.Tier
+    config: Wanted
     client: LlamaClient
     line: Line
     counter: Counter
@@ -46,7 +46,7 @@ class Tier:
     _asked_at: float = attrs.field(default=0.0, init=False)
 
     @classmethod
-    def of(cls, name: str, wanted: config.Tier, client: LlamaClient, reactor: IReactorTime) -> Tier:
+    def of(cls, name: str, wanted: Wanted, client: LlamaClient, reactor: IReactorTime) -> Tier:
         """The tier that the configuration wants, in front of `client`."""
         line = Line(wanted.slots, wanted.max_waiting, client.busy_slots, reactor)
         return cls(name, wanted, client, line, Counter(client), reactor)

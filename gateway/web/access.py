@@ -12,7 +12,7 @@ from __future__ import annotations
 import hmac
 from collections.abc import Collection, Mapping
 from io import BytesIO
-from typing import Any, Final
+from typing import Any, Final, cast
 from uuid import uuid4
 
 import attrs
@@ -34,6 +34,8 @@ _ONCE: Final = (b"host", b"authorization", b"x-api-key", b"content-length")
 @attrs.frozen
 class Access:
     """
+    The rule of the door.
+
     Attributes:
         token: what clients must show; None lets everybody in who is on this machine.
         hosts: names under which we may be addressed, beside the loopback ones.
@@ -78,8 +80,7 @@ def _without_port(host: str) -> str:
 
 class BoundedRequest(Request):
     """
-    A request whose body stays in memory and within the limit, and which is checked when it is all
-    there.
+    A request that is checked when all of it is there, and whose body stays within the limit.
 
     A refusal has to wait for the end of the body: an answer before that would be lost with the
     connection, since the client is still sending.
@@ -91,12 +92,12 @@ class BoundedRequest(Request):
     def __init__(self, channel: HTTPChannel, *args: Any, **kwargs: Any) -> None:
         super().__init__(channel, *args, **kwargs)
         self.request_id = f"req_{uuid4().hex}"
-        self.defaultContentType = None  # type: ignore[assignment]  # the base class knows bytes only
+        self.defaultContentType = None
 
     def gotLength(self, length: int | None) -> None:
         self.content = BytesIO()
         if length is not None and length > self.access.body_limit * _HARD:
-            self.channel.forceAbortClient()  # type: ignore[attr-defined]
+            self.channel.forceAbortClient()
 
     def handleContentChunk(self, data: bytes) -> None:
         self.length += len(data)
@@ -104,7 +105,7 @@ class BoundedRequest(Request):
             assert self.content is not None
             self.content.write(data)
         elif self.length > self.access.body_limit * _HARD:
-            self.channel.forceAbortClient()  # type: ignore[attr-defined]
+            self.channel.forceAbortClient()
 
     def header_values(self) -> dict[str, str]:
         """The headers, names in lower case, each with its last value."""
@@ -167,8 +168,12 @@ class QuietSite(Site):
 
 def site(resource: Any, access: Access, reactor: Any) -> Site:
     """The site in front of `resource`, with `access` at its door."""
-    factory = QuietSite(
-        resource, timeout=60, reactor=reactor, parsePOSTFormSubmission=False
-    )
-    factory.requestFactory = type("GuardedRequest", (BoundedRequest,), {"access": access})
+    factory = QuietSite(resource, timeout=60, reactor=reactor, parsePOSTFormSubmission=False)
+
+    def guarded(channel: HTTPChannel, *args: Any, **kwargs: Any) -> BoundedRequest:
+        request = BoundedRequest(channel, *args, **kwargs)
+        request.access = access
+        return request
+
+    factory.requestFactory = cast("type[Request]", guarded)
     return factory

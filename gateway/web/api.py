@@ -1,10 +1,8 @@
-"""
-The Messages API over HTTP, and nothing else: parse once, hand to dispatch, write what comes back.
-"""
+"""The Messages API over HTTP, and nothing else: read, hand to dispatch, write what comes back."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, ClassVar
 
 import attrs
@@ -78,6 +76,8 @@ class Reply:
 @attrs.define(eq=False)
 class Api:
     """
+    The Klein app.
+
     Attributes:
         dispatch: answers the calls.
         version: ours, for ``/status``.
@@ -165,17 +165,16 @@ class Api:
     async def _answer(
         self,
         reply: Reply,
-        answer: Callable[[bytes, Mapping[str, str], Reply], Awaitable[bytes | None]],
+        answer: Callable[..., Coroutine[Deferred[Any], Any, bytes | None]],
     ) -> bytes | None:
         """The body to send; after a stream none, and no exception may leave either."""
         request = reply.request
         assert request.content is not None
-        answered = Deferred.fromCoroutine(
-            answer(request.content.read(), request.header_values(), reply)
-        )
+        answering = answer(request.content.read(), request.header_values(), reply)
+        answered: Deferred[bytes | None] = Deferred.fromCoroutine(answering)
         self._under_way.add(answered)
         try:
-            body = await answered
+            body: bytes | None = await answered
         except Exception as error:
             if not reply.begun:
                 raise
@@ -191,23 +190,24 @@ class Api:
         return body
 
     @app.handle_errors(ApiError)
-    def refused(self, request: BoundedRequest, failure: Failure) -> bytes:
+    def refused(self, request: Any, failure: Failure) -> bytes:
+        assert isinstance(failure.value, ApiError)
         return write_error(request, failure.value)
 
     @app.handle_errors(CancelledError)
-    def cancelled(self, request: BoundedRequest, failure: Failure) -> bytes:
+    def cancelled(self, request: Any, failure: Failure) -> bytes:
         """Reached only where the client is still there: the service stops."""
         return write_error(request, unavailable("The gateway is stopping; try again."))
 
     @app.handle_errors(HTTPException)
-    def unknown(self, request: BoundedRequest, failure: Failure) -> bytes:
+    def unknown(self, request: Any, failure: Failure) -> bytes:
         path = request.path.decode("ascii", "replace")[:100]
         method = request.method.decode("ascii", "replace")[:20]
         error = ApiError("not_found_error", f"There is no {method} {path} here.")
         return write_error(request, error)
 
     @app.handle_errors(Exception)
-    def broken(self, request: BoundedRequest, failure: Failure) -> bytes:
+    def broken(self, request: Any, failure: Failure) -> bytes:
         log.failure("{id} failed", failure=failure, id=request.request_id)
         error = ApiError("api_error", "The gateway itself failed; its log says why.")
         return write_error(request, error)

@@ -87,6 +87,7 @@ class Usage:
         self.output = said.get("output_tokens") or self.output
 
     def as_json(self) -> dict[str, int]:
+        """As the Messages API has it."""
         return {
             "input_tokens": self.input or 0,
             "cache_creation_input_tokens": 0,
@@ -196,7 +197,7 @@ class Repair:
         if self._started:
             return []
         self._started = True
-        message = {
+        message: Json = {
             "id": self.message_id,
             "type": "message",
             "role": "assistant",
@@ -304,6 +305,7 @@ class Assembly:
     _parts: list[list[str]] = attrs.field(factory=list, init=False)
 
     def add(self, events: Iterable[Event]) -> None:
+        """These came next."""
         for event in events:
             self._add(event.body)
 
@@ -350,7 +352,7 @@ def _input(text: str) -> Json:
 
 def message_events(message: Mapping[str, Json]) -> list[Event]:
     """The stream that tells a whole message of text blocks."""
-    empty = {"stop_reason": None, "stop_sequence": None, "content": []}
+    empty: Json = {"stop_reason": None, "stop_sequence": None, "content": []}
     events: list[Json] = [{"type": "message_start", "message": {**message, **empty}}]
     for index, block in enumerate(message["content"]):
         opened = {"type": "text", "text": ""}

@@ -42,6 +42,7 @@ class MessagesRequest:
 
     @property
     def stream(self) -> bool:
+        """Whether the answer is wanted as it comes."""
         return bool(self.body.get("stream", False))
 
     @property
@@ -51,10 +52,12 @@ class MessagesRequest:
 
     @property
     def messages(self) -> Sequence[Mapping[str, Json]]:
+        """The conversation, as it came."""
         return self.body["messages"]  # type: ignore[no-any-return]  # checked by parse()
 
     @property
     def tools(self) -> Sequence[Mapping[str, Json]]:
+        """The tools that the model may call."""
         return self.body.get("tools") or ()
 
     @property
