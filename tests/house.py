@@ -9,13 +9,13 @@ can happen at this instant happen, and `Household.clock` is the only time there 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import attrs
 import orjson
 from treq.client import HTTPClient
 from treq.testing import RequestTraversalAgent
-from twisted.internet.error import ConnectionDone
+from twisted.internet.error import ConnectionAborted, ConnectionDone
 from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
@@ -34,7 +34,7 @@ from gateway.web.api import Api
 CLAUDE_CODE = {"user-agent": "claude-cli/2.1.330 (external, cli)"}
 
 #: What a llama-server streams for a short answer.
-HELLO = [
+HELLO: Final[list[dict[str, Any]]] = [
     {
         "type": "message_start",
         "message": {
@@ -108,11 +108,10 @@ class Held:
 
     def die(self) -> None:
         """The server's process is gone: its connections break."""
-        assert self.request.channel is not None
-        self.request.channel.transport.abortConnection()
+        self.request.channel.transport.abortConnection()  # type: ignore[union-attr]
 
 
-class FakeLlama(Resource):  # type: ignore[misc]  # untyped
+class FakeLlama(Resource):
     """
     A llama-server that answers as a test tells it to.
 
@@ -137,7 +136,7 @@ class FakeLlama(Resource):  # type: ignore[misc]  # untyped
     def render(self, request: Request) -> Any:
         assert request.content is not None
         raw = request.content.read()
-        body = orjson.loads(raw) if raw else None
+        body: Any = orjson.loads(raw) if raw else None
         path = request.path.decode()
         self.asked.append((path, body))
         if self.status is not None:
@@ -190,14 +189,15 @@ def prompt_of(chat: Mapping[str, Any]) -> str:
     return orjson.dumps(chat["messages"]).decode()
 
 
-class Wire(StringTransport):  # type: ignore[misc]  # untyped
+class Wire(StringTransport):
     """A connection whose other end is the test."""
 
     aborted = False
+    protocol: Any = None
 
     def abortConnection(self) -> None:
         self.aborted = True
-        self.loseConnection()
+        self.protocol.connectionLost(Failure(ConnectionAborted()))
 
 
 @attrs.define(eq=False)
@@ -319,6 +319,7 @@ class Household:
     def browser(self) -> Browser:
         """A new connection."""
         protocol, wire = self._site.buildProtocol(None), Wire()
+        wire.protocol = protocol
         protocol.makeConnection(wire)
         return Browser(protocol, wire)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Mapping
+from contextlib import suppress
 from typing import Any, ClassVar
 
 import attrs
 import orjson
 from klein import Klein
 from twisted.internet.defer import CancelledError, Deferred, gatherResults
-from twisted.internet.error import TimeoutError
+from twisted.internet.error import ConnectionClosed, TimeoutError
 from twisted.internet.interfaces import IPushProducer, IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -40,6 +41,7 @@ class Reply:
     request: BoundedRequest
     begun: bool = False
     _producing: bool = False
+    _severed: Deferred[None] | None = None
 
     @property
     def request_id(self) -> str:
@@ -70,7 +72,19 @@ class Reply:
 
     def cut(self) -> None:
         if self.request.channel is not None:
+            self._severed = self.request.notifyFinish()
             self.request.channel.forceAbortClient()
+
+    async def severed(self) -> None:
+        """
+        Wait until a connection that was cut is gone.
+
+        Klein finishes what is not gone when its handler returns, and a broken answer must not
+        look whole.
+        """
+        if self._severed is not None:
+            with suppress(ConnectionClosed):
+                await self._severed
 
 
 @attrs.define(eq=False)
@@ -182,9 +196,10 @@ class Api:
             if not isinstance(error, CancelledError):
                 log.failure("{id} broke after its status was sent", id=reply.request_id)
             reply.cut()
-            return None
+            body = None
         finally:
             self._under_way.discard(answered)
+        await reply.severed()
         if body is not None:
             request.setHeader("content-type", "application/json")
         return body
