@@ -111,22 +111,22 @@ class Dispatch:
         """
         with self.ledger.call(caller.request_id) as record:
             request = wire.parse(raw, counting=True)
-            _, route, tier = self._route(request, headers)
+            body = prefix.prepare(request)
+            call, route = self._route(request, headers)
+            if call.is_housekeeping:
+                route = await self._where_it_fits(request, body, route)
             record.kind, record.model = "count", request.model
             record.tier, record.rule = route.tier, route.rule
             caller.routed(route.tier, "count")
-            tokens = await tier.counter.count(prefix.prepare(request))
+            tokens = await self.tiers[route.tier].counter.count(body)
             record.usage.input = tokens
             return tokens
 
     # --- the rooms on the way ---------------------------------------------------------------------
 
-    def _route(
-        self, request: MessagesRequest, headers: Mapping[str, str]
-    ) -> tuple[Call, Route, Tier]:
+    def _route(self, request: MessagesRequest, headers: Mapping[str, str]) -> tuple[Call, Route]:
         call = calls.understand(request, headers)
-        route = routes.choose(call, request.model, self.rules, self.tiers.keys())
-        return call, route, self.tiers[route.tier]
+        return call, routes.choose(call, request.model, self.rules, self.tiers.keys())
 
     async def _prepare(
         self,
@@ -136,13 +136,14 @@ class Dispatch:
         record: Record,
     ) -> _Prepared:
         """Decide all that can be decided, and refuse what can be refused, before the line."""
-        call, route, tier = self._route(request, headers)
+        call, route = self._route(request, headers)
         record.kind, record.model = call.kind, request.model
         body = prefix.prepare(request)
         if call.is_housekeeping:
-            body["max_tokens"] = min(request.max_tokens, tier.config.answer_tokens)
             route = await self._where_it_fits(request, body, route)
-            tier = self.tiers[route.tier]
+        tier = self.tiers[route.tier]
+        if call.is_housekeeping:
+            body["max_tokens"] = min(request.max_tokens, tier.config.answer_tokens)
         record.tier, record.rule, record.background = route.tier, route.rule, route.background
         caller.routed(route.tier, call.kind)
         body["max_tokens"] = await self._room(request, body, tier)
@@ -156,7 +157,7 @@ class Dispatch:
             return route
         tier = self.tiers[route.tier]
         window = (await tier.props()).n_ctx
-        room = window - body["max_tokens"]
+        room = window - min(request.max_tokens, tier.config.answer_tokens)
         if _at_most(request) < room:
             return route
         tokens = await tier.counter.count(body)

@@ -256,13 +256,21 @@ class LlamaClient:
     async def props(self) -> Props:
         """What the server says of itself.  Raises ApiError while it is down or loading."""
         said = await self._ask("GET", "/props")
-        return Props(
-            n_ctx=int(said["default_generation_settings"]["n_ctx"]),
-            slots=int(said["total_slots"]),
-            alias=str(said.get("model_alias") or said.get("model_path") or ""),
-            build=str(said.get("build_info", "")),
-            vision=bool(said.get("modalities", {}).get("vision")),
-        )
+        try:
+            return Props(
+                n_ctx=int(said["default_generation_settings"]["n_ctx"]),
+                slots=int(said["total_slots"]),
+                alias=str(said.get("model_alias") or said.get("model_path") or ""),
+                build=str(said.get("build_info", "")),
+                vision=bool(said.get("modalities", {}).get("vision")),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise ApiError(
+                "api_error",
+                f"What listens at {self.url} (tier {self.tier!r}) is no llama-server.",
+                status=502,
+                should_retry=False,
+            ) from None
 
     async def busy_slots(self) -> int:
         """

@@ -15,7 +15,7 @@ import attrs
 
 from gateway.wire.request import MessagesRequest
 
-Kind = Literal["turn", "subagent", "title", "hook", "count", "other"]
+Kind = Literal["turn", "subagent", "title", "hook", "other"]
 KINDS: Final[tuple[str, ...]] = get_args(Kind)
 
 #: Kinds that are housekeeping: nobody reads their answers, and they go to the small tier.

@@ -23,7 +23,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from gateway.policy import order
-from gateway.wire.errors import ApiError, overloaded
+from gateway.wire.errors import ApiError, overloaded, unavailable
 
 #: Seconds after a cancellation until the slots are first asked for, and from then on between two
 #: questions.  llama-server looks once a second whether a client is still there, and each question
@@ -90,6 +90,7 @@ class Line:
     _arrival: Deferred[None] | None = attrs.field(default=None, init=False)
     _loop: Deferred[None] | None = attrs.field(default=None, init=False)
     _asking: Deferred[None] | None = attrs.field(default=None, init=False)
+    _stopped: bool = attrs.field(default=False, init=False)
     _semaphore: DeferredSemaphore = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -104,6 +105,7 @@ class Line:
 
     def stop(self) -> None:
         """Let nobody in any more; who waits is cancelled."""
+        self._stopped = True
         for ended in (self._loop, self._asking):
             if ended is not None:
                 ended.cancel()
@@ -138,8 +140,10 @@ class Line:
             A Deferred of the permit.  Cancelling it leaves the line.
 
         Raises:
-            ApiError: 529, the line is full.
+            ApiError: 529, the line is full; 503, it has stopped.
         """
+        if self._stopped:
+            raise unavailable("The gateway is stopping; try again.")
         if len(self._waiting) >= self.max_waiting:
             raise overloaded(
                 f"{len(self._waiting)} calls are waiting for this model already; try again later.",

@@ -60,6 +60,7 @@ class Tier:
         """
         now = self._reactor.seconds()
         if self._props is None or now - self._asked_at > _FRESH:
+            self._asked_at = now  # who comes meanwhile takes what was known
             try:
                 found = await self.client.props()
             except ApiError:
@@ -67,7 +68,7 @@ class Tier:
                 raise
             if found != self._props:
                 self._meet(found)
-            self._props, self._asked_at = found, now
+            self._props = found
         return self._props
 
     def _meet(self, found: Props) -> None:

@@ -63,10 +63,10 @@ class Access:
             )
         if path == "/healthz" or self.token is None:
             return None
-        shown = headers.get("x-api-key") or headers.get("authorization", "")
-        shown = shown.removeprefix("Bearer ").strip()
-        if hmac.compare_digest(shown.encode(), self.token.encode()):
-            return None
+        authorization = headers.get("authorization", "").removeprefix("Bearer ").strip()
+        for shown in (headers.get("x-api-key", ""), authorization):
+            if hmac.compare_digest(shown.encode(), self.token.encode()):
+                return None
         return ApiError(
             "authentication_error",
             "This gateway wants its token, as x-api-key or as Authorization: Bearer.",
