@@ -25,8 +25,11 @@ from gateway.wire.errors import ApiError, invalid
 
 Json = Any
 
-#: Characters that a list's item gets at least; more items than that leaves room for are not let in.
-_LEAST_ITEM: Final = 24
+#: Characters that a value gets at least, however little room there is.
+_LEAST: Final = 16
+
+#: Steps that bounding a schema may take; references can make a small one endless.
+_STEPS: Final = 20_000
 
 #: The server's own limit, in multiples of the bound: a character may cost up to four tokens (an
 #: emoji in bytes), and white space between values is free.
@@ -36,6 +39,8 @@ _SLACK: Final = 4
 _LARGEST: Final = 10**15
 
 ATTEMPTS: Final = 2
+
+_WHERE: Final = "output_config.format.schema"
 
 
 async def complete(
@@ -80,7 +85,9 @@ def checked(schema: Mapping[str, Json]) -> Draft202012Validator:
     try:
         Draft202012Validator.check_schema(schema)
     except SchemaError as error:
-        raise invalid(f"output_config.format.schema: {error.message[:200]}") from None
+        raise invalid(f"{_WHERE}: {error.message[:200]}") from None
+    except RecursionError:
+        raise _too_large() from None
     return Draft202012Validator(schema)
 
 
@@ -103,22 +110,39 @@ def bounded(schema: Mapping[str, Json], room: int) -> Json:
             where each character is a token of its own.
 
     Raises:
-        ApiError: 400, the schema refers to itself or to what is not there.
+        ApiError: 400, the schema refers to itself or to what is not there, or is too large.
     """
-    return _Bounding(schema).bound(schema, room, ())
+    try:
+        return _Bounding(schema).bound(schema, room, ())
+    except RecursionError:
+        raise _too_large() from None
 
 
-@attrs.frozen
+def _too_large() -> ApiError:
+    return invalid(f"{_WHERE}: the schema is too large or nested too deep")
+
+
+@attrs.define
 class _Bounding:
+    """One schema, on its way to its bounds."""
+
     root: Mapping[str, Json]
+    _left: int = _STEPS
+
+    def _step(self) -> None:
+        self._left -= 1
+        if self._left < 0:
+            raise _too_large()
 
     def bound(self, schema: Json, room: int, inside: tuple[str, ...]) -> Json:
+        """`schema` within `room` characters; `inside` are the references that led here."""
+        self._step()
         if not isinstance(schema, Mapping):
             return schema  # true or false
         if "$ref" in schema:
             reference = schema["$ref"]
             if reference in inside:
-                raise invalid("output_config.format.schema: recursive schemas are not supported")
+                raise invalid(f"{_WHERE}: recursive schemas are not supported")
             return self.bound(self._resolve(reference), room, (*inside, reference))
         tight = {key: value for key, value in schema.items() if key not in ("$defs", "definitions")}
         for key in ("anyOf", "oneOf", "allOf"):
@@ -129,26 +153,43 @@ class _Bounding:
         if "enum" in schema or "const" in schema:
             return tight
         if "string" in kinds and "pattern" not in schema and "format" not in schema:
-            tight["maxLength"] = max(1, min(room, schema.get("maxLength", room)))
+            most = max(1, room, schema.get("minLength", 0))
+            tight["maxLength"] = min(most, schema.get("maxLength", most))
         if kinds & {"integer", "number"}:
             tight.setdefault("minimum", schema.get("exclusiveMinimum", -_LARGEST))
             tight.setdefault("maximum", schema.get("exclusiveMaximum", _LARGEST))
         if "array" in kinds or "items" in schema:
-            least = schema.get("minItems", 0)
-            most = max(1, least, min(room // _LEAST_ITEM, schema.get("maxItems", room)))
-            tight["maxItems"] = most
-            tight["items"] = self.bound(
-                schema.get("items", {"type": "string"}), room // most, inside
-            )
+            items = schema.get("items", {"type": "string"})
+            most = max(1, schema.get("minItems", 0), room // (self._least(items, inside) + 2))
+            tight["maxItems"] = min(most, schema.get("maxItems", most))
+            tight["items"] = self.bound(items, room // most, inside)
         if "properties" in schema:
             properties = schema["properties"]
             names = sum(len(name) + 6 for name in properties)
-            share = max(8, (room - names) // max(1, len(properties)))
+            share = max(_LEAST, (room - names) // max(1, len(properties)))
             tight["properties"] = {
                 name: self.bound(each, share, inside) for name, each in properties.items()
             }
             tight.setdefault("additionalProperties", False)
         return tight
+
+    def _least(self, schema: Json, inside: tuple[str, ...]) -> int:
+        """Characters that a value of `schema` needs at least, its strings as short as may be."""
+        self._step()
+        if not isinstance(schema, Mapping):
+            return _LEAST
+        if "$ref" in schema:
+            reference = schema["$ref"]
+            if reference in inside:
+                return _LEAST  # refused when it is bounded
+            return self._least(self._resolve(reference), (*inside, reference))
+        if "properties" in schema:
+            members = schema["properties"].items()
+            return 2 + sum(len(name) + 6 + self._least(each, inside) for name, each in members)
+        if "items" in schema:
+            items = max(1, int(schema.get("minItems", 0)))
+            return 2 + items * (self._least(schema["items"], inside) + 2)
+        return _LEAST
 
     def _resolve(self, reference: Json) -> Json:
         found: Json = self.root
@@ -159,7 +200,5 @@ class _Bounding:
         except (KeyError, TypeError):
             start = ""
         if start != "#":
-            raise invalid(
-                f"output_config.format.schema: $ref {str(reference)[:80]!r} leads nowhere"
-            )
+            raise invalid(f"{_WHERE}: $ref {str(reference)[:80]!r} leads nowhere")
         return found
