@@ -28,11 +28,21 @@ Json = Any
 #: Characters that a value gets at least, however little room there is.
 _LEAST: Final = 16
 
+#: Grammars of llguidance allow white space without end between two values, and tiny models like it.
+#: Other servers do not know this key and pass it over (llguidance, `docs/json_schema.md`).
+_NO_RAMBLING: Final = {
+    "x-guidance": {
+        "whitespace_flexible": False,
+        "item_separator": ", ",
+        "key_separator": ": ",
+    }
+}
+
 #: Steps that bounding a schema may take; references can make a small one endless.
 _STEPS: Final = 20_000
 
 #: The server's own limit, in multiples of the bound: a character may cost up to four tokens (an
-#: emoji in bytes), and white space between values is free.
+#: emoji in bytes).
 _SLACK: Final = 4
 
 #: Largest number either way; without a bound some grammars allow endless digits.
@@ -59,7 +69,7 @@ async def complete(
         ApiError: 400 for a schema that cannot be used; 500 when no attempt gave a fitting answer.
     """
     validator = checked(schema)
-    tight = bounded(schema, tokens)
+    tight = bounded(schema, tokens) | _NO_RAMBLING
     prompt = await client.apply_template(chat.from_messages(body))
     wanted = {
         "prompt": prompt,
