@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     add("-np", "--parallel", type=int, default=1, help="slots")
     add("-b", "--batch-size", type=int, default=2048)
     add("-ub", "--ubatch-size", type=int, default=512)
-    add("-t", "--threads", type=int, default=0, help="0: as many as there are cores")
+    add("-t", "--threads", type=int, default=0, help="0: half of the cores")
     add("-a", "--alias", default="", help="the model's name")
     add("--jinja", action="store_true", help="always on here")
     add("--chat-template-file", type=Path)
@@ -88,7 +88,8 @@ def parameters(xllamacpp: Any, options: argparse.Namespace) -> Any:
     params.n_parallel = options.parallel
     params.n_batch = options.batch_size
     params.n_ubatch = options.ubatch_size
-    threads = options.threads or os.cpu_count() or 1
+    # Two servers that share their cores wait for each other in every layer of their models.
+    threads = options.threads or max(1, (os.cpu_count() or 1) // 2)
     params.cpuparams.n_threads = threads
     params.cpuparams_batch.n_threads = threads
     if options.alias:
