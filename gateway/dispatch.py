@@ -20,7 +20,7 @@ from gateway.ledger import Ledger, Record
 from gateway.policy import calls, prefix, routes
 from gateway.policy.calls import Call
 from gateway.policy.routes import Route
-from gateway.tier import answer
+from gateway.tier import answer, constrained
 from gateway.tier.answer import Client, Teller
 from gateway.tier.tier import Tier
 from gateway.wire import request as wire
@@ -91,6 +91,8 @@ class Dispatch:
         """
         with self.ledger.call(caller.request_id) as record:
             request = wire.parse(raw)
+            if request.schema is not None:
+                constrained.usable(request.schema)
             ready = await self._prepare(request, headers, caller, record)
             repair = Repair(f"msg_{uuid4().hex}", request.model, ready.tier.name)
             record.usage = repair.usage
@@ -112,9 +114,8 @@ class Dispatch:
         with self.ledger.call(caller.request_id) as record:
             request = wire.parse(raw, counting=True)
             body = prefix.prepare(request)
-            call, route = self._route(request, headers)
-            if call.is_housekeeping:
-                route = await self._where_it_fits(request, body, route)
+            _, route = self._route(request, headers)
+            route = await self._where_it_fits(request, body, route)
             record.kind, record.model = "count", request.model
             record.tier, record.rule = route.tier, route.rule
             caller.routed(route.tier, "count")
@@ -139,8 +140,7 @@ class Dispatch:
         call, route = self._route(request, headers)
         record.kind, record.model = call.kind, request.model
         body = prefix.prepare(request)
-        if call.is_housekeeping:
-            route = await self._where_it_fits(request, body, route)
+        route = await self._where_it_fits(request, body, route)
         tier = self.tiers[route.tier]
         if call.is_housekeeping:
             body["max_tokens"] = min(request.max_tokens, tier.config.answer_tokens)
@@ -152,7 +152,7 @@ class Dispatch:
     async def _where_it_fits(
         self, request: MessagesRequest, body: Mapping[str, Json], route: Route
     ) -> Route:
-        """`route`, or the main tier for housekeeping that is too long for the small one."""
+        """`route`, or the main tier for what is too long for the small one."""
         if route.tier == routes.MAIN:
             return route
         tier = self.tiers[route.tier]

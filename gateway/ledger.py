@@ -73,7 +73,7 @@ class Record:
             "input": self.usage.input,
             "cached": self.usage.cached,
             "output": self.usage.output,
-            "outcome": self.outcome or ("running" if self.started else "waiting"),
+            "outcome": self.outcome or ("waiting" if self.started is None else "running"),
         }
 
 

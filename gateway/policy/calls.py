@@ -18,6 +18,10 @@ from gateway.wire.request import MessagesRequest
 Kind = Literal["turn", "subagent", "title", "hook", "other"]
 KINDS: Final[tuple[str, ...]] = get_args(Kind)
 
+#: Parts of the names under which Claude Code asks for the small model: its own, and the one that
+#: `claudegw settings` gives it.
+_SMALL_NAMES: Final = ("haiku", "claudegw-small")
+
 #: Kinds that are housekeeping: nobody reads their answers, and they go to the small tier.
 HOUSEKEEPING: Final = frozenset({"title", "hook", "other"})
 
@@ -61,6 +65,12 @@ def understand(request: MessagesRequest, headers: Mapping[str, str]) -> Call:
     return Call(kind, why, ours, session, agent)
 
 
+def names_small(model: str) -> bool:
+    """Whether this is a name of the small model."""
+    lowered = model.lower()
+    return any(part in lowered for part in _SMALL_NAMES)
+
+
 def _kind(request: MessagesRequest, agent: str) -> tuple[Kind, str]:
     if request.schema is not None and not request.tools:
         properties = request.schema.get("properties")
@@ -70,8 +80,8 @@ def _kind(request: MessagesRequest, agent: str) -> tuple[Kind, str]:
         if "ok" in names:
             return "hook", "a schema with a verdict and no tools"
         return "other", "a schema and no tools"
-    if "haiku" in request.model.lower():
-        return "other", "the name of the small model"
+    if names_small(request.model) and not request.tools:
+        return "other", "the name of the small model and no tools"
     if agent:
         return "subagent", "an agent id"
     return "turn", "no mark of a side call"

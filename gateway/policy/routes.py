@@ -2,8 +2,8 @@
 Which tier a call goes to, and by which rule.
 
 The rules of the configuration come first, in their order; a tier's own name (``claudegw-small``) is
-a rule that needs no writing; then each kind has its default: housekeeping goes to the small tier,
-everything else to the main one.
+a rule that needs no writing; then each kind has its default: housekeeping, and what Claude Code
+names after the small model, goes to the small tier, everything else to the main one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Final
 import attrs
 
 from gateway.config import RouteRule
-from gateway.policy.calls import Call
+from gateway.policy.calls import Call, names_small
 
 MAIN: Final = "main"
 SMALL: Final = "small"
@@ -62,10 +62,12 @@ def choose(call: Call, model: str, rules: Sequence[RouteRule], tiers: Collection
         return Route(named, "the tier's own name")
     if call.is_housekeeping and SMALL in tiers:
         return Route(SMALL, f"{call.kind}: {call.why}")
+    if call.from_claude_code and names_small(model) and SMALL in tiers:
+        return Route(SMALL, "the name of the small model")
     return Route(MAIN, f"{call.kind}: {call.why}")
 
 
 def too_long_for_small(route: Route, tokens: int, window: int) -> Route:
-    """The route of a housekeeping call of `tokens` that does not fit a window of `window`."""
+    """The route of a call of `tokens` that does not fit the window of the tier it was for."""
     rule = f"{route.rule}; {tokens} tokens do not fit the {window} of {route.tier}"
     return Route(MAIN, rule, background=True)

@@ -150,7 +150,6 @@ async def under_schema(
     started: Callable[[], None],
 ) -> None:
     """As `from_model`, for an answer of at most `tokens` that must fit `schema`."""
-    constrained.checked(schema)
     permit = await tier.line.join(background)
     try:
         started()

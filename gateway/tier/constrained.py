@@ -18,6 +18,7 @@ import attrs
 import orjson
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import SchemaError, ValidationError
+from referencing import Registry
 
 from gateway.llama.client import Completion, LlamaClient
 from gateway.wire import chat
@@ -50,6 +51,8 @@ _LARGEST: Final = 10**15
 
 ATTEMPTS: Final = 2
 
+_REFERENCES: Final = frozenset({"$ref", "$dynamicRef", "$recursiveRef"})
+
 _WHERE: Final = "output_config.format.schema"
 
 
@@ -62,13 +65,13 @@ async def complete(
     Args:
         client: the server to ask; the caller holds a permit for it.
         body: a prepared body.
-        schema: the client's own schema.
+        schema: the client's own schema, one that `usable` lets pass.
         tokens: how long the answer may be.
 
     Raises:
-        ApiError: 400 for a schema that cannot be used; 500 when no attempt gave a fitting answer.
+        ApiError: no attempt gave a fitting answer.
     """
-    validator = checked(schema)
+    validator = usable(schema)
     tight = bounded(schema, tokens) | _NO_RAMBLING
     prompt = await client.apply_template(chat.from_messages(body))
     wanted = {
@@ -90,15 +93,30 @@ async def complete(
     )
 
 
-def checked(schema: Mapping[str, Json]) -> Draft202012Validator:
-    """The validator of `schema`; raises ApiError where that is no valid JSON schema."""
+def usable(schema: Mapping[str, Json]) -> Draft202012Validator:
+    """The validator of `schema`; raises ApiError, 400, where answers cannot be held to it."""
     try:
         Draft202012Validator.check_schema(schema)
     except SchemaError as error:
         raise invalid(f"{_WHERE}: {error.message[:200]}") from None
     except RecursionError:
         raise _too_large() from None
-    return Draft202012Validator(schema)
+    if _refers(bounded(schema, _STEPS)):
+        raise invalid(
+            f"{_WHERE}: a $ref can stand in properties, items, anyOf, oneOf and allOf only"
+        )
+    # Without a registry of its own it would fetch what a schema refers to.
+    return Draft202012Validator(schema, registry=Registry())
+
+
+def _refers(schema: Json) -> bool:
+    """Whether there is a reference anywhere in `schema`."""
+    if isinstance(schema, Mapping):
+        return any(
+            (name in _REFERENCES and isinstance(value, str)) or _refers(value)
+            for name, value in schema.items()
+        )
+    return isinstance(schema, list) and any(map(_refers, schema))
 
 
 def fits(validator: Draft202012Validator, text: str) -> bool:
@@ -193,6 +211,9 @@ class _Bounding:
             if reference in inside:
                 return _LEAST  # refused when it is bounded
             return self._least(self._resolve(reference), (*inside, reference))
+        for key in ("anyOf", "oneOf"):
+            if key in schema:
+                return max(self._least(each, inside) for each in schema[key])
         if "properties" in schema:
             members = schema["properties"].items()
             return 2 + sum(len(name) + 6 + self._least(each, inside) for name, each in members)

@@ -13,6 +13,7 @@ import hmac
 from collections.abc import Collection, Mapping
 from io import BytesIO
 from typing import Any, Final, cast
+from urllib.parse import unquote_to_bytes
 from uuid import uuid4
 
 import attrs
@@ -55,7 +56,7 @@ class Access:
             headers: its headers, names in lower case.
         """
         host = _without_port(headers.get("host", "")).lower()
-        if host not in _LOOPBACK and host not in self.hosts:
+        if host not in _LOOPBACK and host not in map(str.lower, self.hosts):
             return ApiError(
                 "permission_error",
                 f"This gateway does not answer to the name {host[:100]!r};"
@@ -135,8 +136,9 @@ class BoundedRequest(Request):
         try:
             path = self.path.decode("ascii")
             self.method.decode("ascii")
+            unquote_to_bytes(path).decode("utf-8")
         except UnicodeDecodeError:
-            return invalid("The request line has characters that are not ASCII.")
+            return invalid("The request line has characters that are not ASCII, or no UTF-8.")
         return self.access.refusal(path, self.header_values())
 
 
@@ -159,8 +161,34 @@ def write_error(request: Request, error: ApiError) -> bytes:
     return body
 
 
+class PoliteChannel(HTTPChannel):
+    """A connection on which also what is no HTTP gets an answer in our words."""
+
+    def _respondToBadRequestAndDisconnect(self) -> None:  # noqa: N802  # Twisted's name
+        """Twisted's place for all that it cannot read; its own answer has no body."""
+        identity = f"req_{uuid4().hex}"
+        error = invalid("The request is no HTTP that can be read; see its first line and headers.")
+        body = orjson.dumps(error.envelope(identity))
+        head = (
+            "HTTP/1.1 400 Bad Request\r\n"
+            f"request-id: {identity}\r\n"
+            "content-type: application/json\r\n"
+            f"content-length: {len(body)}\r\n"
+            "connection: close\r\n\r\n"
+        )
+        assert self.transport is not None
+        self.transport.write(head.encode() + body)
+        self.loseConnection()
+
+    def lineLengthExceeded(self, line: bytes) -> None:  # noqa: ARG002
+        """A header that is too long would be left without an answer."""
+        self._respondToBadRequestAndDisconnect()
+
+
 class QuietSite(Site):
     """A site that leaves the log to the ledger."""
+
+    protocol = cast(Any, PoliteChannel)  # HTTP/1 alone, so that there is nothing to negotiate
 
     def log(self, request: Any) -> None:
         """Nothing: each call has a line of its own."""

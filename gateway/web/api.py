@@ -28,7 +28,7 @@ log = Logger()
 
 def _app() -> Klein:
     app = Klein()
-    # A gateway must not redirect: "//v1/messages" is unknown, not a way to "/v1/messages".
+    # A gateway must not redirect: "/v1//messages" is unknown, not a way to "/v1/messages".
     app.url_map.merge_slashes = False
     app.url_map.strict_slashes = False
     return app

@@ -237,7 +237,7 @@ class Repair:
         if now is not None and now.there == there and kind in (now.kind, None):
             if delta["type"] == "signature_delta":
                 self._block = attrs.evolve(now, signed=True)
-            if now.here == there:
+            if now.here == there and b"\n" not in raw:
                 return [Event(body, raw)]
             return [Event({**body, "index": now.here})]
         if delta["type"] == "signature_delta":

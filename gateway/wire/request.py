@@ -95,6 +95,10 @@ def parse(raw: bytes, *, counting: bool = False) -> MessagesRequest:
         raise invalid(f"The body is not valid JSON: {error}") from None
     if not isinstance(body, dict):
         raise invalid("The body must be a JSON object.")
+    try:
+        orjson.dumps([[[[body]]]])  # what is made of it may be nested a little deeper
+    except TypeError:
+        raise invalid("The body is nested too deep.") from None
     _check_body(body, counting)
     return MessagesRequest(body, len(raw))
 
@@ -274,6 +278,7 @@ _body = _fields(
         "metadata": _is(dict),
         "output_config": _fields({}, {"format": _format, "effort": _is(str)}),
         "output_format": _format,
+        "chat_template_kwargs": _is(dict),
     },
 )
 

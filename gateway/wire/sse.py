@@ -79,5 +79,5 @@ def _parse(block: bytes) -> SSEEvent | None:
         if field == b"data":
             data.append(value)
         elif field == b"event":
-            name = value.decode("utf-8", "replace")
+            name = value.decode("utf-8", "replace") or "message"
     return SSEEvent(name, b"\n".join(data)) if data else None

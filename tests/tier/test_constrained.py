@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.tier.constrained import bounded, checked, fits
+from gateway.tier.constrained import bounded, fits, usable
 from gateway.wire.errors import ApiError
 
 TITLE = {
@@ -73,14 +73,14 @@ def test_the_longest_answer_closes(schema: Any) -> None:
     """Whatever the schema, its longest answer is within the server's own limit of four times."""
     tight = bounded(schema, 512)
     longest = largest(tight)
-    assert fits(checked(tight), orjson.dumps(longest).decode())
+    assert fits(usable(tight), orjson.dumps(longest).decode())
     assert len(orjson.dumps(longest)) <= 4 * 512
 
 
 @given(SCHEMAS)
 def test_a_bounded_schema_is_no_wider(schema: Any) -> None:
     """What fits the bounded schema fits the client's own."""
-    assert fits(checked(schema), orjson.dumps(largest(bounded(schema, 512))).decode())
+    assert fits(usable(schema), orjson.dumps(largest(bounded(schema, 512))).decode())
 
 
 def test_a_title_has_room_for_its_bound() -> None:
@@ -152,10 +152,10 @@ def test_bounds_that_leave_no_room_are_kept() -> None:
 def test_what_is_no_schema_is_refused() -> None:
     """A schema that JSON Schema does not allow is a 400."""
     with pytest.raises(ApiError, match=r"output_config\.format\.schema"):
-        checked({"type": 7})
+        usable({"type": 7})
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"title": 1}', "[]", '{"title": "a", "b": 1}'])
 def test_what_does_not_fit(text: str) -> None:
     """Text that is no JSON, or the wrong one, does not fit."""
-    assert not fits(checked(TITLE), text)
+    assert not fits(usable(TITLE), text)

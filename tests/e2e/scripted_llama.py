@@ -1,0 +1,286 @@
+"""
+A llama-server whose model is a script.
+
+It speaks as build 11434 of llama.cpp's server does, with what is wrong in it: the status of a
+stream goes out when the slot starts on the prompt, comments keep it alive, ``message_start`` comes
+with the first token, blocks are closed only at the very end, a ``tool_use`` starts without its
+input, ids are of its own kind, and the connection is closed after each stream.
+"""
+
+from __future__ import annotations
+
+import secrets
+import string
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Lock, Thread
+from typing import Any, ClassVar, Final
+
+import attrs
+import orjson
+
+Json = Any
+
+#: Characters of a prompt or an answer that pass for one token.
+CHARACTERS: Final = 4
+
+_LETTERS: Final = string.ascii_letters + string.digits
+
+
+@attrs.frozen
+class Text:
+    """Words of the model."""
+
+    text: str
+
+
+@attrs.frozen
+class Thinking:
+    """Thoughts of the model."""
+
+    text: str
+
+
+@attrs.frozen
+class ToolUse:
+    """A tool that the model calls."""
+
+    name: str
+    input: Json
+
+
+Block = Text | Thinking | ToolUse
+
+#: What the model answers to a body of ``/v1/messages``.
+Script = Callable[[Json], Sequence[Block]]
+
+
+def random_id() -> str:
+    """As llama-server makes them."""
+    return "".join(secrets.choice(_LETTERS) for _ in range(32))
+
+
+@attrs.define(eq=False)
+class ScriptedLlama:
+    """
+    One server of one slot, while `serving` is entered.
+
+    Attributes:
+        script: decides what is answered.
+        n_ctx: tokens that the slot holds.
+        prefill: seconds that every prompt takes.
+        asked: every body of ``/v1/messages``, in the order in which the slot took them.
+        most_at_once: completions that were ever open at once, those that wait for the slot too.
+    """
+
+    script: Script
+    n_ctx: int = 65536
+    prefill: float = 0.0
+    asked: list[Json] = attrs.field(factory=list, init=False)
+    most_at_once: int = attrs.field(default=0, init=False)
+    processing: bool = attrs.field(default=False, init=False)
+    port: int = attrs.field(default=0, init=False)
+    _open: int = attrs.field(default=0, init=False)
+    _count: Lock = attrs.field(factory=Lock, init=False)
+    _slot: Lock = attrs.field(factory=Lock, init=False)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @contextmanager
+    def serving(self) -> Iterator[ScriptedLlama]:
+        """Listen on a free port of 127.0.0.1."""
+
+        class Ours(_Door):
+            llama = self
+
+        with _Server(("127.0.0.1", 0), Ours) as server:
+            self.port = int(server.server_address[1])
+            listening = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+            listening.start()
+            try:
+                yield self
+            finally:
+                server.shutdown()
+                listening.join()
+
+    @contextmanager
+    def slot(self, body: Json) -> Iterator[None]:
+        """The one slot; who comes while it works waits without a byte."""
+        with self._count:
+            self._open += 1
+            self.most_at_once = max(self.most_at_once, self._open)
+        try:
+            with self._slot:
+                self.processing = True
+                self.asked.append(body)
+                try:
+                    yield
+                finally:
+                    self.processing = False
+        finally:
+            with self._count:
+                self._open -= 1
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    block_on_close = False
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that hangs up is none of a test's business."""
+
+
+class _Door(BaseHTTPRequestHandler):
+    """One connection."""
+
+    protocol_version = "HTTP/1.1"
+    llama: ClassVar[ScriptedLlama]
+
+    def do_GET(self) -> None:
+        llama = self.llama
+        match self.path.partition("?")[0]:
+            case "/health" | "/v1/health":
+                self._json({"status": "ok"})
+            case "/props":
+                self._json(
+                    {
+                        "default_generation_settings": {"n_ctx": llama.n_ctx},
+                        "total_slots": 1,
+                        "model_alias": "scripted",
+                        "model_path": "/models/scripted.gguf",
+                        "build_info": "b11434-0000000",
+                        "modalities": {"vision": False, "audio": False},
+                        "is_sleeping": False,
+                    }
+                )
+            case "/slots":
+                slot = {"id": 0, "n_ctx": llama.n_ctx, "is_processing": llama.processing}
+                self._json([slot])
+            case _:
+                self._refuse(404, "not_found_error", "File Not Found")
+
+    def do_POST(self) -> None:
+        body = orjson.loads(self.rfile.read(int(self.headers["content-length"])))
+        match self.path.partition("?")[0]:
+            case "/apply-template":
+                self._json({"prompt": rendered(body)})
+            case "/tokenize":
+                self._json({"tokens": list(range(tokens(body["content"])))})
+            case "/v1/messages/count_tokens":
+                self._json({"input_tokens": tokens(rendered(body))})
+            case "/v1/messages":
+                with self.llama.slot(body):
+                    self._answer(body)
+            case _:
+                self._refuse(404, "not_found_error", "File Not Found")
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  # its name there
+        """Nothing: pytest shows what a test says."""
+
+    # --- plain answers ----------------------------------------------------------------------------
+
+    def _json(self, value: Json, status: int = 200) -> None:
+        raw = orjson.dumps(value)
+        self.send_response(status)
+        self.send_header("content-type", "application/json; charset=utf-8")
+        self.send_header("content-length", str(len(raw)))
+        self.end_headers()
+        self.wfile.write(raw)
+        self.close_connection = self.close_connection or status >= 400
+
+    def _refuse(self, status: int, kind: str, message: str) -> None:
+        self._json({"error": {"code": status, "message": message, "type": kind}}, status)
+
+    # --- a stream ---------------------------------------------------------------------------------
+
+    def _answer(self, body: Json) -> None:
+        size = tokens(rendered(body))
+        if size >= self.llama.n_ctx:
+            message = f"request ({size} tokens) exceeds the available context size"
+            self._refuse(400, "exceed_context_size_error", message)
+            return
+        assert body.get("stream"), "the gateway always streams"
+        self.close_connection = True
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream")
+        self.send_header("x-accel-buffering", "no")
+        self.send_header("transfer-encoding", "chunked")
+        self.end_headers()
+        self._chunk(b":\n\n")
+        time.sleep(self.llama.prefill)
+        for event in events(self.llama.script(body), size):
+            self._event(event)
+        self._chunk(b"")
+
+    def _event(self, event: Json) -> None:
+        self._chunk(b"event: %b\ndata: %b\n\n" % (event["type"].encode(), orjson.dumps(event)))
+
+    def _chunk(self, data: bytes) -> None:
+        self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+
+# --- the model ------------------------------------------------------------------------------------
+
+
+def rendered(body: Json) -> str:
+    """The prompt, in a template that renders tools, then the system text, then the turns."""
+    tools, system = body.get("tools", []), body.get("system", "")
+    return orjson.dumps([tools, system, body["messages"]]).decode()
+
+
+def tokens(text: str) -> int:
+    return -(-len(text) // CHARACTERS)
+
+
+def events(blocks: Sequence[Block], prompt: int) -> Iterator[Json]:
+    """The events of one answer to a prompt of so many tokens."""
+    message: Json = {
+        "id": f"chatcmpl-{random_id()}",
+        "type": "message",
+        "role": "assistant",
+        "content": [],
+        "model": "scripted",
+        "stop_reason": None,
+        "stop_sequence": None,
+        "usage": {"cache_read_input_tokens": 0, "input_tokens": prompt, "output_tokens": 0},
+    }
+    yield {"type": "message_start", "message": message}
+    generated = 0
+    for index, block in enumerate(blocks):
+        opened, deltas = _said(block)
+        yield {"type": "content_block_start", "index": index, "content_block": opened}
+        for delta in deltas:
+            generated += 1
+            yield {"type": "content_block_delta", "index": index, "delta": delta}
+    for index, block in enumerate(blocks):
+        if isinstance(block, Thinking):
+            signed = {"type": "signature_delta", "signature": ""}
+            yield {"type": "content_block_delta", "index": index, "delta": signed}
+        yield {"type": "content_block_stop", "index": index}
+    calls = any(isinstance(block, ToolUse) for block in blocks)
+    why = {"stop_reason": "tool_use" if calls else "end_turn", "stop_sequence": None}
+    yield {"type": "message_delta", "delta": why, "usage": {"output_tokens": generated}}
+    yield {"type": "message_stop"}
+
+
+def _said(block: Block) -> tuple[Json, list[Json]]:
+    """How a block is opened, and its deltas, a token each."""
+    match block:
+        case Text(text):
+            said = [{"type": "text_delta", "text": part} for part in _parts(text)]
+            return {"type": "text", "text": ""}, said
+        case Thinking(text):
+            thought = [{"type": "thinking_delta", "thinking": part} for part in _parts(text)]
+            return {"type": "thinking", "thinking": ""}, thought
+        case ToolUse(name, given):
+            written = orjson.dumps(given).decode()
+            typed = [{"type": "input_json_delta", "partial_json": part} for part in _parts(written)]
+            return {"type": "tool_use", "id": random_id(), "name": name}, typed
+
+
+def _parts(text: str) -> list[str]:
+    return [text[at : at + CHARACTERS] for at in range(0, len(text), CHARACTERS)]

@@ -1,0 +1,133 @@
+"""
+Clients that leave, at every stage, and one that does not read.
+
+A real gateway in front of `bench.fast_llama`, which never ends an answer by itself and knows when
+its client left.  How fast all this goes is measured by ``python -m bench.streams``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+
+from bench.fast_llama import FastLlama
+from bench.streams import OFFERED, STAGES, Client, call, resident, seen_leaving, stands_still, until
+from tests.e2e.stack import Running, start_gateway
+
+#: Megabytes by which the gateway may grow while a client does not read; it is offered 400.
+FLAT = 30
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FastLlama]:
+    server = FastLlama.started(tmp_path_factory.mktemp("llama"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def gateway(llama: FastLlama, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    running = start_gateway(tmp_path_factory.mktemp("gateway"), {"main": {"url": llama.url}})
+    yield running
+    running.stop()
+
+
+def line(gateway: Running, **wanted: int) -> dict[str, Any] | None:
+    """What the gateway says of the main tier, if all that is `wanted` is so."""
+    tier: dict[str, Any] = gateway.ask("/status")[1]["tiers"]["main"]
+    return tier if all(tier[key] == value for key, value in wanted.items()) else None
+
+
+def assert_all_is_well(gateway: Running) -> None:
+    """Every permit is back, and the next call is answered."""
+    until(partial(line, gateway, running=0, waiting=0, settling=0))
+    with Client.calling(gateway.port, call("hello")) as client:
+        client.read_until(b"message_stop")
+    until(partial(line, gateway, running=0, waiting=0, settling=0))
+
+
+def outcome(gateway: Running) -> str:
+    """What became of the call that was closed last."""
+    last: list[dict[str, str]] = gateway.ask("/status")[1]["last"]
+    return last[0]["outcome"]
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+@pytest.mark.parametrize("order", ["silence", "prefill", "drip"])
+def test_a_client_that_leaves_stops_the_upstream(
+    llama: FastLlama, gateway: Running, order: str, stream: bool
+) -> None:
+    """Whatever the upstream is doing for a client, it is hung up on when that client leaves."""
+    number = len(llama.journal())
+    with Client.calling(gateway.port, call(order, stream=stream)) as client:
+        until(partial(llama.entry, number))
+        if stream:
+            client.read_until(dict(STAGES.values())[order])
+        client.leave()
+        seen_leaving(llama, number)
+    until(partial(line, gateway, running=0))
+    assert outcome(gateway) == "client left"
+    assert_all_is_well(gateway)
+
+
+def test_a_client_that_leaves_the_line_is_never_heard_of_upstream(
+    llama: FastLlama, gateway: Running
+) -> None:
+    """A call whose client leaves while it waits is not sent, and gives its place up at once."""
+    number = len(llama.journal())
+    with Client.calling(gateway.port, call("prefill")) as first:
+        first.read_until(b"HTTP/1.1 200")
+        with Client.calling(gateway.port, call("drip")) as second:
+            until(partial(line, gateway, running=1, waiting=1))
+            second.leave()
+            until(partial(line, gateway, running=1, waiting=0))
+        with Client.calling(gateway.port, call("hello")) as third:
+            until(partial(line, gateway, running=1, waiting=1))
+            first.leave()
+            third.read_until(b"message_stop")
+    assert [entry["order"] for entry in llama.journal()[number:]] == ["prefill", "hello"]
+    assert_all_is_well(gateway)
+
+
+def test_a_permit_waits_for_the_slot(llama: FastLlama, gateway: Running) -> None:
+    """After a client has left, nobody gets its slot before the server has said that it is idle."""
+    number = len(llama.journal())
+    with Client.calling(gateway.port, call("stubborn")) as first:
+        until(partial(llama.entry, number))
+        first.leave()
+        seen_leaving(llama, number)
+    with Client.calling(gateway.port, call("hello")) as second:
+        second.read_until(b"message_stop")
+    assert [entry["overlapped"] for entry in llama.journal()[number:]] == [False, False]
+    assert_all_is_well(gateway)
+
+
+def test_a_client_that_does_not_read_costs_nothing(llama: FastLlama, gateway: Running) -> None:
+    """The upstream is paused while the client does not read, and the gateway does not grow."""
+    number, before = len(llama.journal()), resident(gateway.process.pid)
+    with Client.calling(gateway.port, call(f"flood {OFFERED}")) as client:
+        client.read_until(b"content_block_delta")
+        accepted = stands_still(llama, number)
+        after = resident(gateway.process.pid)
+        assert accepted < OFFERED / 4
+        if before is not None and after is not None:
+            assert after - before < FLAT
+        client.leave()
+        seen_leaving(llama, number)
+    assert_all_is_well(gateway)
+
+
+def test_a_client_that_reads_again_gets_the_rest(llama: FastLlama, gateway: Running) -> None:
+    """A client that did not read for a while misses nothing."""
+    number, offered = len(llama.journal()), 60_000_000
+    with Client.calling(gateway.port, call(f"flood {offered}")) as client:
+        client.read_until(b"content_block_delta")
+        assert stands_still(llama, number) < offered
+        client.read_until(b"message_stop")
+    entry = llama.journal()[number]
+    assert entry["ended"]
+    assert client.read.count(b"event: content_block_delta") == entry["events"]
+    assert_all_is_well(gateway)

@@ -1,0 +1,381 @@
+"""The same bytes for the same past: each rule, and the property that they serve."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import attrs
+import orjson
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gateway.policy.prefix import prepare
+from gateway.wire import chat
+from gateway.wire.request import parse
+from tests.house import turn
+
+Json = Any
+
+MARK = {"cache_control": {"type": "ephemeral"}}
+ATTRIBUTION = "x-anthropic-billing-header: cc_version=2.1.330.839; cc_entrypoint=cli;"
+REMINDER = "<system-reminder>\nToday is Sunday.\n</system-reminder>"
+
+
+def prepared(**more: Json) -> dict[str, Json]:
+    return prepare(parse(orjson.dumps(turn() | more)))
+
+
+def text(words: str, **more: Json) -> Json:
+    return {"type": "text", "text": words, **more}
+
+
+def user(*content: Json) -> Json:
+    return {"role": "user", "content": list(content)}
+
+
+def assistant(*content: Json) -> Json:
+    return {"role": "assistant", "content": list(content)}
+
+
+def system(content: Json) -> Json:
+    return {"role": "system", "content": content}
+
+
+def call(identity: str = "toolu_1") -> Json:
+    return {"type": "tool_use", "id": identity, "name": "Bash", "input": {}}
+
+
+def result(*content: Json, identity: str = "toolu_1") -> Json:
+    return {"type": "tool_result", "tool_use_id": identity, "content": list(content)}
+
+
+def conversation(*messages: Json) -> list[Json]:
+    """These messages, prepared."""
+    found: list[Json] = prepared(messages=list(messages))["messages"]
+    return found
+
+
+# --- the rules, by their numbers --------------------------------------------------------------
+
+
+def test_1_the_attribution_block_is_dropped() -> None:
+    """It differs between conversations that are otherwise the same."""
+    blocks = [text(ATTRIBUTION), text("You are a coder.")]
+    assert prepared(system=blocks)["system"] == "You are a coder."
+    assert "system" not in prepared(system=[text(ATTRIBUTION)])
+    assert "system" not in prepared(system=ATTRIBUTION)
+    assert prepared(system=f"Say {ATTRIBUTION}")["system"] == f"Say {ATTRIBUTION}"
+
+
+def test_2_cache_control_is_dropped() -> None:
+    """It is dropped wherever it may stand: it moves from message to message."""
+    body = prepared(
+        cache_control=MARK["cache_control"],
+        system=[text("s", **MARK)],
+        tools=[{"name": "Bash", "input_schema": {"type": "object"}, **MARK}],
+        messages=[
+            user(text("x", **MARK)),
+            assistant(call() | MARK),
+            user(result(text("done", **MARK)) | MARK),
+        ],
+    )
+    assert b"cache_control" not in orjson.dumps(body)
+    assert body["tools"] == [{"name": "Bash", "input_schema": {"type": "object"}}]
+    assert body["messages"][2] == user(result(text("done")))
+
+
+def test_3_system_blocks_are_joined_with_an_empty_line() -> None:
+    """llama-server would join them with nothing."""
+    assert prepared(system=[text("a"), text("b"), text("c")])["system"] == "a\n\nb\n\nc"
+    assert prepared(system="a")["system"] == "a"
+
+
+def test_4_content_is_always_a_list() -> None:
+    """The two shapes of the same content become one."""
+    shapes = [
+        conversation({"role": "user", "content": a}, {"role": "assistant", "content": b}, user(r))
+        for a, b, r in [
+            ("x", "y", result(text("z"))),
+            ([text("x")], [text("y")], result() | {"content": "z"}),
+        ]
+    ]
+    expected = [user(text("x")), assistant(text("y")), user(result(text("z")))]
+    assert shapes == [expected, expected]
+
+
+def test_4_a_result_without_content_has_an_empty_list() -> None:
+    """Null and nothing are the same as an empty list."""
+    bare: Json = {"type": "tool_result", "tool_use_id": "toolu_1"}
+    for shape in (bare, bare | {"content": None}, bare | {"content": []}):
+        assert conversation(user(shape)) == [user(result())]
+
+
+def test_5_a_reminder_belongs_to_the_turn_before_it() -> None:
+    """A `system` message is appended to the user's words, apart from them."""
+    assert conversation(user(text("x")), system("Today is Sunday.")) == [
+        user(text("x"), text(f"\n\n{REMINDER}"))
+    ]
+
+
+def test_5_a_reminder_that_is_marked_is_not_marked_again() -> None:
+    """What says already that it is a reminder stays as it is."""
+    assert conversation(user(text("x")), system([text(REMINDER, **MARK)])) == [
+        user(text("x"), text(f"\n\n{REMINDER}"))
+    ]
+
+
+def test_5_several_blocks_are_one_reminder() -> None:
+    """The blocks of a `system` message are joined as those of the system prompt are."""
+    (message,) = conversation(user(text("x")), system([text("a"), text("b")]))
+    assert message["content"][1:] == [text("\n\n<system-reminder>\na\n\nb\n</system-reminder>")]
+
+
+def test_5_several_reminders_keep_their_order() -> None:
+    """Each is appended after the one before."""
+    (message,) = conversation(user(text("x")), system("a"), system("b"))
+    assert [block["text"].split("\n")[3:4] for block in message["content"][1:]] == [["a"], ["b"]]
+
+
+def test_5_a_reminder_after_tool_results_belongs_to_the_last_one() -> None:
+    """No user turn is opened in the middle of a loop."""
+    assert conversation(
+        user(text("x")),
+        assistant(call("a"), call("b")),
+        user(result(text("1"), identity="a"), result(text("2"), identity="b")),
+        system("Today is Sunday."),
+    )[2:] == [
+        user(
+            result(text("1"), identity="a"),
+            result(text("2"), text(f"\n\n{REMINDER}"), identity="b"),
+        )
+    ]
+
+
+def test_5_before_the_first_turn_it_is_part_of_the_system_prompt() -> None:
+    """There is no turn that it could belong to."""
+    body = prepared(system="a", messages=[system("b"), system([text("c")]), user(text("x"))])
+    assert body["system"] == "a\n\nb\n\nc"
+    assert body["messages"] == [user(text("x"))]
+
+
+def test_5_after_an_answer_it_opens_a_turn() -> None:
+    """The model's own words are not touched."""
+    assert conversation(user(text("x")), assistant(text("y")), system(REMINDER))[1:] == [
+        assistant(text("y")),
+        user(text(REMINDER)),
+    ]
+
+
+def test_6_reminders_beside_results_belong_to_the_last_one() -> None:
+    """They are appended to the result, in their order, wherever they stood."""
+    other = "  <system-reminder>two</system-reminder>"
+    assert conversation(
+        user(
+            text(REMINDER),
+            result(text("1"), identity="a"),
+            text(other),
+            result(text("2"), identity="b"),
+        )
+    ) == [
+        user(
+            result(text("1"), identity="a"),
+            result(text("2"), text(f"\n\n{REMINDER}"), text(f"\n\n{other}"), identity="b"),
+        )
+    ]
+
+
+def test_6_without_results_reminders_stay_where_they_are() -> None:
+    """An opening turn is not taken apart."""
+    blocks = [text(REMINDER), text("x"), text(REMINDER)]
+    assert conversation(user(*blocks)) == [user(*blocks)]
+
+
+def test_7_the_users_own_words_come_after_the_results() -> None:
+    """They open a turn of their own; llama-server would put them before the results."""
+    image = {"type": "image", "source": {"type": "url", "url": "http://127.0.0.1/a.png"}}
+    assert conversation(
+        user(text("stop"), result(text("1")), text(REMINDER), image),
+    ) == [
+        user(result(text("1"), text(f"\n\n{REMINDER}"))),
+        user(text("stop"), image),
+    ]
+
+
+def test_7_a_reminder_after_such_words_belongs_to_them() -> None:
+    """A `system` message belongs to the last turn there is."""
+    found = conversation(user(result(text("1")), text("stop")), system("a"))
+    assert found[0] == user(result(text("1")))
+    assert found[1]["content"][0] == text("stop")
+    assert len(found[1]["content"]) == 2
+
+
+# --- what else is in the body -----------------------------------------------------------------
+
+
+def test_only_what_llama_server_takes_is_sent() -> None:
+    """Everything else would be dropped there, or means something else."""
+    kept = {
+        "tool_choice": {"type": "auto"},
+        "stop_sequences": ["x"],
+        "max_tokens": 7,
+        "temperature": 0.5,
+        "top_p": 0.5,
+        "top_k": 5,
+        "chat_template_kwargs": {"a": 1},
+        "thinking": {"type": "disabled"},
+    }
+    dropped = {
+        "stream": True,
+        "metadata": {},
+        "output_config": {"effort": "high"},
+        "context_management": {},
+        "service_tier": "auto",
+        "id_slot": 0,
+        "cache_prompt": False,
+        "n_predict": 5,
+        "grammar": "root ::= x",
+    }
+    body = prepared(**kept, **dropped)
+    assert body == {**kept, "messages": [user(text("hi"))]}
+
+
+def test_null_is_not_sent() -> None:
+    """A field that is null is one that is not there."""
+    assert prepared(temperature=None, tool_choice=None, tools=None, system=None) == prepared()
+
+
+def test_an_answer_under_a_schema_does_not_think() -> None:
+    """The schema leaves no room for it; what else the template is told stays."""
+    wanted = {"format": {"type": "json_schema", "schema": {"type": "object"}}}
+    body = prepared(output_config=wanted, chat_template_kwargs={"a": 1})
+    assert body["chat_template_kwargs"] == {"a": 1, "enable_thinking": False}
+    tool = {"name": "Bash", "input_schema": {}}
+    assert "chat_template_kwargs" not in prepared(output_config=wanted, tools=[tool])
+
+
+def test_blocks_that_nobody_knows_pass() -> None:
+    """Thinking, calls and blocks of the future are handed on as they came."""
+    blocks = [{"type": "thinking", "thinking": "a", "signature": ""}, call(), {"type": "some_day"}]
+    assert conversation(user(text("x")), assistant(*blocks))[1] == assistant(*blocks)
+
+
+# --- the property -----------------------------------------------------------------------------
+
+
+@attrs.frozen
+class Round:
+    """What one request adds to a conversation: the answer before it, the turn, the reminders."""
+
+    answer: list[Json]
+    turn: list[Json]
+    reminders: list[str]
+
+    def messages(self) -> list[Json]:
+        reminders = [system(reminder) for reminder in self.reminders]
+        before = [assistant(*self.answer)] if self.answer else []
+        return [*before, user(*self.turn), *reminders]
+
+
+_WORDS = st.text("ab \n<é", min_size=1, max_size=6)
+_REMINDERS = st.one_of(_WORDS, st.just(REMINDER), st.just(f"\n{REMINDER}"))
+_TEXTS = st.builds(text, _REMINDERS)
+
+
+@st.composite
+def rounds(draw: st.DrawFn) -> list[Round]:
+    """A conversation as Claude Code leads it: words, calls, results, reminders anywhere."""
+    found: list[Round] = []
+    asked: list[str] = []
+    for number in range(draw(st.integers(1, 5))):
+        results = []
+        for identity in asked:
+            parts = draw(st.lists(_TEXTS, max_size=2))
+            results.append(result(*parts, identity=identity))
+        words = draw(st.lists(_TEXTS, min_size=0 if results else 1, max_size=3))
+        turn_ = draw(st.permutations([*results, *words]))
+        answer: list[Json] = []
+        if found:
+            thinking = draw(st.lists(_WORDS, max_size=1))
+            answer = [{"type": "thinking", "thinking": each} for each in thinking]
+            answer += [text(each) for each in draw(st.lists(_WORDS, max_size=1))]
+            answer += [call(identity) for identity in asked] or [text("y")]
+        found.append(Round(answer, turn_, draw(st.lists(_REMINDERS, max_size=2))))
+        asked = [f"toolu_{number}_{n}" for n in range(draw(st.integers(0, 2)))]
+    return found
+
+
+def _reshaped(message: Json, draw: st.DrawFn) -> Json:
+    """The same message as the client may send it another time: marks elsewhere, another shape."""
+    content = deepcopy(message["content"])
+    if isinstance(content, str):
+        return {**message, "content": draw(st.sampled_from([content, [text(content, **MARK)]]))}
+    for block in content:
+        if draw(st.booleans()):
+            block.update(MARK)
+        inner = block.get("content")
+        if inner and len(inner) == 1 and draw(st.booleans()):
+            block["content"] = inner[0]["text"]
+    if len(content) == 1 and content[0]["type"] == "text" and draw(st.booleans()):
+        return {**message, "content": content[0]["text"]}
+    return {**message, "content": content}
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> list[dict[str, Json]]:
+    """The requests of one conversation, each with all that was said before it."""
+    said: list[Json] = []
+    found = []
+    for each in draw(rounds()):
+        said += each.messages()
+        suffix = draw(st.sampled_from(["839", "3ef"]))
+        found.append(
+            turn()
+            | {
+                "messages": [_reshaped(message, draw) for message in said],
+                "system": [text(ATTRIBUTION.replace("839", suffix)), text("s"), text("t")],
+                "tools": [{"name": "Bash", "input_schema": {"type": "object"}}],
+            }
+        )
+    return found
+
+
+@settings(max_examples=200, deadline=None)
+@given(requests())
+def test_a_later_request_only_adds_to_the_end(bodies: list[dict[str, Json]]) -> None:
+    """What was prepared for one turn is, message by message, the beginning of the next one's."""
+    past: list[Json] = []
+    for body in bodies:
+        now = prepare(parse(orjson.dumps(body)))
+        assert now["system"] == "s\n\nt"
+        assert now["messages"][: len(past)] == past
+        assert len(now["messages"]) > len(past)
+        past = now["messages"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(requests())
+def test_nothing_is_left_for_llama_server_to_misplace(bodies: list[dict[str, Json]]) -> None:
+    """No `system` message, no words beside results, and no word lost on the way to the template."""
+    body = bodies[-1]
+    request = parse(orjson.dumps(body))
+    before = deepcopy(request.body)
+    now = prepare(request)
+    assert request.body == before
+    for message in now["messages"]:
+        kinds = {block["type"] for block in message["content"]}
+        assert message["role"] in ("user", "assistant")
+        assert kinds == {"tool_result"} or "tool_result" not in kinds
+    rendered = chat.from_messages(now)["messages"][1:]
+    told = "".join(_words(message["content"]) for message in rendered)
+    said = "".join(_words(message["content"]) for message in body["messages"])
+    for letter in "abé":  # none of them is in the tags of a reminder
+        assert told.count(letter) == said.count(letter)
+
+
+def _words(content: Json) -> str:
+    """The texts of a content of either shape, those within tool results too."""
+    if isinstance(content, str):
+        return content
+    inner = (block.get("text") or _words(block.get("content", "")) for block in content)
+    return "".join(inner)

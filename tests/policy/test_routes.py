@@ -1,0 +1,105 @@
+"""Which tier, and by which rule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from gateway.config import RouteRule
+from gateway.policy.calls import Call
+from gateway.policy.routes import Route, choose, too_long_for_small
+
+BOTH = ("main", "small")
+TURN, TITLE = Call("turn", "no mark"), Call("title", "a title")
+
+
+@pytest.mark.parametrize(
+    ("kind", "tier"),
+    [
+        ("turn", "main"),
+        ("subagent", "main"),
+        ("title", "small"),
+        ("hook", "small"),
+        ("other", "small"),
+    ],
+)
+def test_each_kind_has_a_default(kind: Any, tier: str) -> None:
+    """Housekeeping goes to the small tier, everything else to the main one, and it says why."""
+    assert choose(Call(kind, "because"), "m", (), BOTH) == Route(tier, f"{kind}: because")
+
+
+@pytest.mark.parametrize("kind", ["turn", "title"])
+def test_without_a_small_tier_all_goes_to_main(kind: Any) -> None:
+    """A gateway with one tier answers everything with it."""
+    assert choose(Call(kind, ""), "m", (), ("main",)).tier == "main"
+
+
+@pytest.mark.parametrize(
+    ("rule", "call", "model", "fits"),
+    [
+        (RouteRule("x", model="*haiku*"), TURN, "claude-haiku-4-5", True),
+        (RouteRule("x", model="*haiku*"), TURN, "Claude-HAIKU", True),
+        (RouteRule("x", model="*HAIKU*"), TURN, "claude-haiku-4-5", True),
+        (RouteRule("x", model="haiku"), TURN, "claude-haiku-4-5", False),
+        (RouteRule("x", model="claude-[os]*"), TURN, "claude-opus", True),
+        (RouteRule("x", model="claude-?"), TURN, "claude-opus", False),
+        (RouteRule("x", model="*"), TURN, "a/b c", True),
+        (RouteRule("x", kind="title"), TITLE, "m", True),
+        (RouteRule("x", kind="title"), TURN, "m", False),
+        (RouteRule("x", model="m", kind="title"), TITLE, "m", True),
+        (RouteRule("x", model="m", kind="title"), TURN, "m", False),
+        (RouteRule("x", model="n", kind="title"), TITLE, "m", False),
+    ],
+)
+def test_all_that_a_rule_names_must_match(
+    rule: RouteRule, call: Call, model: str, fits: bool
+) -> None:
+    """A glob on the name, capitals or not, and the kind."""
+    found = choose(call, model, [rule], BOTH)
+    assert (found == Route("x", "route 1")) == fits
+    assert fits or found == choose(call, model, [], BOTH)
+
+
+def test_the_first_rule_that_matches_wins() -> None:
+    """Rules stand in the order of the file, before everything else."""
+    rules = [
+        RouteRule("a", model="nothing"),
+        RouteRule("b", kind="turn"),
+        RouteRule("c", model="*"),
+    ]
+    assert choose(TURN, "m", rules, BOTH) == Route("b", "route 2")
+    assert choose(TITLE, "m", rules, BOTH) == Route("c", "route 3")
+    assert choose(TITLE, "claudegw-small", rules, BOTH) == Route("c", "route 3")
+
+
+@pytest.mark.parametrize(
+    ("model", "tier"),
+    [
+        ("claudegw-small", "small"),
+        ("ClaudeGW-Small", "small"),
+        ("claudegw-main", "main"),
+        ("claudegw-huge", "main"),
+        ("small", "main"),
+        ("claudegw-", "main"),
+    ],
+)
+def test_a_tiers_own_name_is_a_rule(model: str, tier: str) -> None:
+    """Who names a tier that exists gets it; a name of nobody means nothing."""
+    assert choose(TURN, model, (), BOTH).tier == tier
+
+
+def test_a_tier_by_name_may_have_any_name() -> None:
+    """Tiers beside main and small are reached by their names."""
+    assert choose(TITLE, "claudegw-huge", (), (*BOTH, "huge")) == Route(
+        "huge", "the tier's own name"
+    )
+
+
+def test_housekeeping_that_is_too_long_gives_way_on_main() -> None:
+    """It goes to main as background, and the rule says which size did not fit which window."""
+    route = too_long_for_small(Route("small", "title: because"), 5000, 4096)
+    assert (route.tier, route.background) == ("main", True)
+    assert route.rule.startswith("title: because; ")
+    assert "5000" in route.rule
+    assert "4096" in route.rule

@@ -1,0 +1,371 @@
+"""`gw.toml`: a whole configuration, or every mistake in it."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from gateway.config import (
+    Config,
+    ConfigError,
+    RouteRule,
+    is_loopback,
+    load,
+    parse,
+    upstream_endpoint,
+)
+
+KINDS = ("turn", "title")
+MAIN = '[tier.main]\nurl = "http://127.0.0.1:8080"\n'
+AN_URL = 'expected "http://host:port" or "unix:/path/to.sock"'
+SECRET = "a secret that nobody may see"
+
+
+def read(text: str) -> Config:
+    return parse(tomllib.loads(text), KINDS)
+
+
+def mistakes(text: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        read(text)
+    assert str(caught.value) == "\n".join(caught.value.mistakes)
+    return caught.value.mistakes
+
+
+def test_the_least_that_works() -> None:
+    """One tier with a URL is enough; everything else has its default."""
+    config = read(MAIN)
+    main = config.tier["main"]
+    assert (main.url, main.kind, main.slots, main.server) == (
+        "http://127.0.0.1:8080",
+        "llama-server",
+        1,
+        None,
+    )
+    assert (main.answer_tokens, main.schema_tokens, main.max_waiting) == (1024, 512, 64)
+    gateway = config.gateway
+    assert gateway.listen == "tcp:9090:interface=127.0.0.1"
+    assert gateway.body_limit == 32 * 1024 * 1024
+    assert (gateway.token, gateway.hosts, gateway.grace) == (None, (), 30)
+    assert config.route == ()
+
+
+def test_every_key_is_read() -> None:
+    """What stands in the file is what the house gets."""
+    config = read(
+        f"""
+        [gateway]
+        listen = "tcp:9091"
+        state_dir = "/var/lib/gw"
+        token = "{SECRET}"
+        hosts = ["studio.local", "10.0.0.7"]
+        body_limit = 4096
+        grace = 1
+        [tier.main]
+        url = "unix:/run/llama.sock"
+        kind = "llama-server"
+        slots = 3
+        api_key = "{SECRET}"
+        max_waiting = 5
+        answer_tokens = 100
+        schema_tokens = 200
+        [tier.main.server]
+        command = ["llama-server", "--model", "m.gguf"]
+        env = {{ A = "{SECRET}" }}
+        manage_flags = false
+        [[route]]
+        model = "*haiku*"
+        kind = "title"
+        tier = "main"
+        """
+    )
+    gateway, main = config.gateway, config.tier["main"]
+    assert gateway.listen == "tcp:9091"
+    assert gateway.state_dir == Path("/var/lib/gw")
+    assert gateway.token == SECRET
+    assert gateway.hosts == ("studio.local", "10.0.0.7")
+    assert (gateway.body_limit, gateway.grace) == (4096, 1.0)
+    assert (main.url, main.slots, main.api_key) == ("unix:/run/llama.sock", 3, SECRET)
+    assert (main.max_waiting, main.answer_tokens, main.schema_tokens) == (5, 100, 200)
+    assert main.server is not None
+    assert main.server.command == ("llama-server", "--model", "m.gguf")
+    assert main.server.env == {"A": SECRET}
+    assert not main.server.manage_flags
+    assert config.route == (RouteRule("main", "*haiku*", "title"),)
+    assert SECRET not in repr(config)
+
+
+def test_the_home_directory_is_filled_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``~`` is the user's own directory, and a relative path is made absolute."""
+    monkeypatch.setenv("HOME", "/home/somebody")
+    read_dir = read(f'{MAIN}[gateway]\nstate_dir = "~/gw"').gateway.state_dir
+    assert read_dir == Path("/home/somebody/gw")
+    assert read(f'{MAIN}[gateway]\nstate_dir = "gw"').gateway.state_dir.is_absolute()
+
+
+def test_every_mistake_is_said_at_once_with_its_key() -> None:
+    """Nobody has to start the gateway five times to learn of five mistakes."""
+    found = mistakes(
+        """
+        nonsense = 1
+        [gateway]
+        listen = 9090
+        state_dir = 5
+        body_limit = 1.5
+        grace = true
+        colour = "red"
+        [tier.main]
+        kind = "vllm"
+        slots = 0
+        [tier.main.server]
+        command = []
+        [tier.small]
+        url = "https://example.org"
+        max_waiting = "many"
+        [[route]]
+        model = 5
+        """
+    )
+    assert sorted(found) == sorted(
+        [
+            "unknown key: nonsense",
+            "gateway.listen: expected a string, got an integer",
+            "gateway.state_dir: expected a path, got an integer",
+            "gateway.body_limit: expected an integer, got a number",
+            "gateway.grace: expected a number, got true or false",
+            "gateway: unknown key: colour",
+            "tier.main.url: required",
+            "tier.main.kind: expected \"llama-server\", got 'vllm'",
+            "tier.main.slots: expected between 1 and 256, got 0",
+            "tier.main.server.command: expected something, got ()",
+            f"tier.small.url: {AN_URL}, got 'https://example.org'",
+            "tier.small.max_waiting: expected an integer, got a string",
+            "route[0].tier: required",
+            "route[0].model: expected a string, got an integer",
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("tier = 5", "tier: expected a table"),
+        ('tier = "main"', "tier: expected a table"),
+        (f"gateway = 5\n{MAIN}", "gateway: expected a table"),
+        (f"route = 5\n{MAIN}", "route: expected a"),
+        (f'route = ["main"]\n{MAIN}', "route[0]: expected a table"),
+        (f"{MAIN}server = 5", "tier.main.server: expected a table"),
+        (f"{MAIN}slots = true", "tier.main.slots: expected an integer, got true or false"),
+        (f"{MAIN}slots = 257", "tier.main.slots: expected between 1 and 256, got 257"),
+        (f"{MAIN}max_waiting = 0", "tier.main.max_waiting: expected between 1 and 100000"),
+        (f"{MAIN}answer_tokens = 15", "tier.main.answer_tokens: expected at least 16, got 15"),
+        (f"{MAIN}schema_tokens = 63", "tier.main.schema_tokens: expected at least 64, got 63"),
+        (f'{MAIN}api_key = ""', "tier.main.api_key: expected something"),
+        (f'{MAIN}Slots = 1\nurls = ""', "tier.main: unknown key: Slots, urls"),
+        (f"{MAIN}[gateway]\nbody_limit = 1023", "gateway.body_limit: expected at least 1024"),
+        (f"{MAIN}[gateway]\ngrace = -1", "gateway.grace: expected between 0 and 3600"),
+        (f"{MAIN}[gateway]\ngrace = nan", "gateway.grace: expected between 0 and 3600"),
+        (f'{MAIN}[gateway]\ntoken = ""', "gateway.token: expected something"),
+        (f'{MAIN}[gateway]\nlisten = "9090"', "gateway.listen: expected a Twisted endpoint"),
+        (f'{MAIN}[gateway]\nhosts = "studio.local"', "gateway.hosts: expected a list"),
+        (f"{MAIN}[gateway]\nhosts = [1]", "gateway.hosts[0]: expected a string, got an integer"),
+        (
+            f'{MAIN}[tier.main.server]\ncommand = "llama-server --model m"',
+            "tier.main.server.command: expected a list",
+        ),
+        (
+            f'{MAIN}[tier.main.server]\ncommand = ["a", 5]',
+            "tier.main.server.command[1]: expected a string, got an integer",
+        ),
+        (
+            f'{MAIN}[tier.main.server]\ncommand = ["a"]\nenv = {{ A = 5 }}',
+            "tier.main.server.env.A: expected a string, got an integer",
+        ),
+        (
+            f'{MAIN}[tier.main.server]\ncommand = ["a"]\nmanage_flags = "no"',
+            "tier.main.server.manage_flags: expected true or false, got a string",
+        ),
+        (f'{MAIN}[[route]]\ntier = "main"\nmodel = ""', "route[0].model: expected something"),
+    ],
+)
+def test_one_mistake(text: str, said: str) -> None:
+    """Each value is checked for its kind and its range, and the line begins with its key."""
+    (found,) = mistakes(text)
+    assert found.startswith(said)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "127.0.0.1:8080",
+        "https://127.0.0.1:8080",
+        "ftp://127.0.0.1",
+        "http://",
+        "http://:8080",
+        "http://h:port",
+        "http://h:65536",
+        "http://h/v1",
+        "http://h?a=b",
+        "unix:relative.sock",
+        "unix:",
+    ],
+)
+def test_a_url_that_is_none(url: str) -> None:
+    """What cannot be called is refused at the start, and not at the first call."""
+    (found,) = mistakes(f'[tier.main]\nurl = "{url}"')
+    assert found.startswith(f"tier.main.url: {AN_URL}")
+
+
+@pytest.mark.parametrize(
+    ("url", "endpoint"),
+    [
+        ("http://127.0.0.1:8080", "tcp:host=127.0.0.1:port=8080:timeout=5"),
+        ("http://studio.local", "tcp:host=studio.local:port=80:timeout=5"),
+        ("http://studio.local:81/", "tcp:host=studio.local:port=81:timeout=5"),
+        ("http://[::1]:8080", r"tcp:host=\:\:1:port=8080:timeout=5"),
+        ("unix:/run/a b.sock", "unix:path=/run/a b.sock:timeout=5"),
+        ("unix:/run/a:b=c.sock", r"unix:path=/run/a\:b\=c.sock:timeout=5"),
+    ],
+)
+def test_a_url_as_an_endpoint(url: str, endpoint: str) -> None:
+    """Each URL that is taken is an endpoint string in which nothing can be misread."""
+    assert upstream_endpoint(url) == endpoint
+    assert read(f'[tier.main]\nurl = "{url}"').tier["main"].url == url
+
+
+@pytest.mark.parametrize(
+    ("listen", "only_here"),
+    [
+        ("tcp:9090:interface=127.0.0.1", True),
+        ("tcp:9090:interface=127.8.9.1", True),
+        ("tcp:9090:interface=localhost", True),
+        (r"tcp:9090:interface=\:\:1", True),
+        ("tcp:interface=127.0.0.1:port=9090", True),
+        ("unix:/run/gw.sock:mode=600", True),
+        ("tcp:9090", False),
+        ("tcp:9090:interface=", False),
+        ("tcp:9090:interface=0.0.0.0", False),
+        (r"tcp:9090:interface=\:\:", False),
+        ("tcp:9090:interface=10.0.0.7", False),
+        ("tcp:9090:interface=127.0.0.1.example.org", False),
+        ("tcp:9090:interface=localhost.example.org", False),
+        ("tcp:9090:interface=127.0.0.1:interface=0.0.0.0", False),
+        ("systemd:domain=INET:index=0", False),
+    ],
+)
+def test_only_loopback_needs_no_token(listen: str, only_here: bool) -> None:
+    """An endpoint that others can reach is refused without a token, and taken with one."""
+    assert is_loopback(listen) == only_here
+    text = f"{MAIN}[gateway]\nlisten = '{listen}'\n"
+    assert read(f'{text}token = "{SECRET}"').gateway.listen == listen
+    if only_here:
+        assert read(text).gateway.token is None
+    else:
+        (found,) = mistakes(text)
+        assert found.startswith("gateway.token: expected a token")
+
+
+def test_contradictions_are_all_said_at_once() -> None:
+    """What no single value shows is found as well: names that lead nowhere, rules for all."""
+    found = mistakes(
+        """
+        [gateway]
+        listen = "tcp:9090"
+        [tier.small]
+        url = "http://127.0.0.1:8081"
+        [[route]]
+        model = "*"
+        tier = "big"
+        [[route]]
+        kind = "poem"
+        tier = "small"
+        [[route]]
+        tier = "small"
+        """
+    )
+    assert [line.partition(": ")[0] for line in found] == [
+        "tier.main",
+        "route[0].tier",
+        "route[1].kind",
+        "route[2]",
+        "gateway.token",
+    ]
+    assert "small" in found[1]
+    assert "turn, title" in found[2]
+
+
+def test_contradictions_are_said_beside_wrong_values() -> None:
+    """A wrong value does not hide that a route leads nowhere, or that there is no main tier."""
+    found = mistakes(
+        """
+        [gateway]
+        grace = "long"
+        [tier.small]
+        url = "http://127.0.0.1:8081"
+        [[route]]
+        model = "*"
+        tier = "big"
+        """
+    )
+    assert {line.partition(": ")[0] for line in found} == {
+        "gateway.grace",
+        "tier.main",
+        "route[0].tier",
+    }
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f'[gateway]\ntoken = ["{SECRET}"]\n{MAIN}',
+        f'[gateway]\ntoken = {{ a = "{SECRET}" }}\n{MAIN}',
+        f'[gateway]\ntoken = "{SECRET}"\nlisten = "x"\n{MAIN}',
+        f'{MAIN}api_key = ["{SECRET}"]',
+        f'{MAIN}api_key = "{SECRET}"\nslots = 0',
+        f'{MAIN}[tier.main.server]\ncommand = ["a"]\nenv = "{SECRET}"',
+        f'{MAIN}[tier.main.server]\ncommand = ["a"]\nenv = {{ KEY = ["{SECRET}"] }}',
+        f'{MAIN}[tier.main.server]\ncommand = 5\nenv = {{ KEY = "{SECRET}" }}',
+        f'{MAIN}[tier.main.server]\ncommand = "llama-server --api-key {SECRET}"',
+        f'[tier.main]\nurl = "ftp://user:{SECRET}@example.org"',
+    ],
+)
+def test_no_message_shows_a_secret(text: str) -> None:
+    """What is said of a mistake is its key and its kind, never a key or a password."""
+    for line in mistakes(text):
+        assert SECRET not in line
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    """A missing file is a mistake with its path, not a traceback."""
+    with pytest.raises(ConfigError, match=r"nowhere\.toml: No such file"):
+        load(tmp_path / "nowhere.toml", KINDS)
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    """Neither is a directory in the file's place."""
+    with pytest.raises(ConfigError, match="directory"):
+        load(tmp_path, KINDS)
+
+
+@pytest.mark.parametrize(
+    "content", [b"[gateway", b"a = 1\na = 2", b"listen: tcp", b"\xff\xfe", b"a = '\x00'"]
+)
+def test_a_file_that_is_no_toml(tmp_path: Path, content: bytes) -> None:
+    """What cannot be read is said in one line with the path."""
+    path = tmp_path / "gw.toml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        load(path, KINDS)
+    (line,) = caught.value.mistakes
+    assert line.startswith(f"{path}: ")
+    assert "\n" not in line
+
+
+def test_a_file_is_loaded(tmp_path: Path) -> None:
+    """The file at a path gives the same as its text."""
+    path = tmp_path / "gw.toml"
+    path.write_text(MAIN)
+    assert load(path, KINDS) == read(MAIN)
