@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ipaddress
 import math
+import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -48,11 +49,11 @@ def is_loopback(listen: str) -> bool:
     """Whether a server endpoint can only be reached from this machine."""
     if listen.startswith("unix:"):
         return True
-    for part in listen.split(":")[1:]:
-        if part.startswith("interface="):
+    address = ""
+    for part in re.split(r"(?<!\\):", listen)[1:]:
+        if part.startswith("interface="):  # of several, Twisted takes the last
             address = part.removeprefix("interface=").replace("\\", "")
-            return address == "localhost" or _is_loopback_address(address)
-    return False
+    return address == "localhost" or _is_loopback_address(address)
 
 
 def _is_loopback_address(text: str) -> bool:
@@ -113,7 +114,8 @@ def _between(least: float, most: float = math.inf) -> Mapping[str, Any]:
 def _must(expected: str, holds: Callable[[Any], object]) -> Mapping[str, Any]:
     def check(value: Any) -> None:
         if not holds(value):
-            raise Mistake(f"expected {expected}, got {value!r}")
+            shown = "one with a name in it" if "@" in str(value) else repr(value)
+            raise Mistake(f"expected {expected}, got {shown}")
 
     return {_CHECK: check}
 
@@ -248,7 +250,7 @@ def parse(raw: Mapping[str, Any], kinds: tuple[str, ...]) -> Config:
         config = _converter().structure(raw, Config)
     except Exception as error:  # noqa: BLE001  # cattrs gathers in an ExceptionGroup whatever the hooks raised
         lines = transform_error(error, format_exception=_format)
-        raise ConfigError([_readable(line) for line in lines]) from None
+        raise ConfigError([*map(_readable, lines), *_lost(raw)]) from None
     mistakes = list(_contradictions(config, kinds))
     if mistakes:
         raise ConfigError(mistakes)
@@ -256,14 +258,34 @@ def parse(raw: Mapping[str, Any], kinds: tuple[str, ...]) -> Config:
     return attrs.evolve(config, gateway=attrs.evolve(config.gateway, state_dir=state_dir))
 
 
+def _lost(raw: Mapping[str, Any]) -> Iterator[str]:
+    """Names that lead nowhere, in a file that has other mistakes."""
+    tiers, rules = raw.get("tier", {}), raw.get("route", [])
+    if not isinstance(tiers, dict) or not isinstance(rules, list):
+        return
+    if "main" not in tiers:
+        yield _NO_MAIN
+    for number, rule in enumerate(rules):
+        name = rule.get("tier") if isinstance(rule, dict) else None
+        if isinstance(name, str) and name not in tiers:
+            yield _no_tier(number, name, tiers)
+
+
+_NO_MAIN = "tier.main: expected a table [tier.main]; every gateway has a main tier"
+
+
+def _no_tier(number: int, name: str, tiers: Mapping[str, Any]) -> str:
+    known = ", ".join(tiers) or "none"
+    return f'route[{number}].tier: there is no tier "{name}" (there is: {known})'
+
+
 def _contradictions(config: Config, kinds: tuple[str, ...]) -> Iterator[str]:
     """What no single value shows."""
     if "main" not in config.tier:
-        yield "tier.main: expected a table [tier.main]; every gateway has a main tier"
+        yield _NO_MAIN
     for number, rule in enumerate(config.route):
         if rule.tier not in config.tier:
-            known = ", ".join(config.tier) or "none"
-            yield f'route[{number}].tier: there is no tier "{rule.tier}" (there is: {known})'
+            yield _no_tier(number, rule.tier, config.tier)
         if rule.kind is not None and rule.kind not in kinds:
             yield f'route[{number}].kind: expected one of {", ".join(kinds)}, got "{rule.kind}"'
         if rule.model is None and rule.kind is None:
@@ -287,6 +309,14 @@ def _converter() -> Converter:
     converter.register_structure_hook(
         Path, lambda value, _: Path(_exactly(str, "a path")(value, str))
     )
+    strings = converter.get_structure_hook(tuple[str, ...])
+
+    def listed(value: Any, kind: Any) -> Any:
+        if not isinstance(value, list):
+            raise Mistake(f"expected a list of strings, got {_a(value)}")
+        return strings(value, kind)
+
+    converter.register_structure_hook_func(lambda kind: kind == tuple[str, ...], listed)
     converter.register_structure_hook_factory(attrs.has, lambda kind: _checked(converter, kind))
     return converter
 

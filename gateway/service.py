@@ -18,6 +18,7 @@ from twisted.application import strports
 from twisted.application.internet import backoffPolicy
 from twisted.application.service import MultiService, Service
 from twisted.internet.defer import CancelledError, Deferred, gatherResults
+from twisted.internet.endpoints import serverFromString
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 from twisted.python import usage
@@ -51,9 +52,18 @@ class Options(usage.Options):
         try:
             self.path = Path(self["config"]).absolute()
             self.loaded = load(self.path, KINDS)
+            _check_listen(self.loaded.gateway.listen)
         except ConfigError as error:
             lines = "\n  ".join(error.mistakes)
             raise usage.UsageError(f"{self['config']} cannot be used:\n  {lines}") from None
+
+
+def _check_listen(listen: str) -> None:
+    """Raise ConfigError where Twisted cannot make an endpoint of `listen`; none is opened."""
+    try:
+        serverFromString(None, listen)
+    except (ValueError, TypeError, KeyError, LookupError) as error:
+        raise ConfigError([f"gateway.listen: no endpoint that Twisted knows: {error}"]) from None
 
 
 def makeService(options: Options) -> Service:

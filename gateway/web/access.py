@@ -66,7 +66,7 @@ class Access:
             return None
         authorization = headers.get("authorization", "").removeprefix("Bearer ").strip()
         for shown in (headers.get("x-api-key", ""), authorization):
-            if hmac.compare_digest(shown.encode(), self.token.encode()):
+            if hmac.compare_digest(shown.encode("latin-1"), self.token.encode()):
                 return None
         return ApiError(
             "authentication_error",

@@ -135,6 +135,8 @@ def from_upstream_error(
         if isinstance(tokens, int) and isinstance(window, int):
             return prompt_too_long(tokens, window)
         return invalid("Prompt is too long")
+    if "image input is not supported" in message:
+        return invalid(f"The model of tier {tier!r} takes no images.")
     if status == 503:
         return unavailable(f"The model of tier {tier!r} is not ready: {said}")
     if status in (401, 403):
@@ -153,8 +155,6 @@ def from_upstream_error(
             status=502,
             should_retry=False,
         )
-    if status == 501:
-        return invalid(said)
-    if 400 <= status < 500:
+    if status == 501 or 400 <= status < 500:
         return invalid(said)
     return ApiError("api_error", f"The model server of tier {tier!r} failed: {said}")

@@ -224,7 +224,8 @@ class Repair:
         self._next_index += 1
         if kind == "tool_use":
             self._has_tool_use = True
-            block = {**block, "id": _tool_id(block.get("id", "")), "input": {}}
+            nameless = f"{self.message_id.removeprefix('msg_')}_{self._block.here}"
+            block = {**block, "id": _tool_id(block.get("id") or nameless), "input": {}}
         elif kind == "thinking":
             block = {"signature": "", **block}
         opened = {"type": "content_block_start", "index": self._block.here, "content_block": block}

@@ -310,10 +310,20 @@ def test_a_count_is_what_the_call_will_use(family: Running, shape: Shape) -> Non
     assert counted(family, shape) == used(family, shape)
 
 
-@pytest.mark.parametrize("name", ["a tool round", "a haiku name", "a title of Claude Code"])
-def test_a_count_is_taken_where_the_call_goes(gateway: Running, name: str) -> None:
+@pytest.mark.parametrize(
+    "shape",
+    [
+        SHAPES["a tool round"],
+        SHAPES["a haiku name"],
+        SHAPES["a title of Claude Code"],
+        # Too long for the small tier, so it goes to the main one.
+        Shape([user(text("word " * 4200))], {"model": "claude-haiku-4-5"}, CLAUDE_CODE),
+    ],
+    ids=["main", "small", "small, schema", "too long for small"],
+)
+def test_a_count_is_taken_where_the_call_goes(gateway: Running, shape: Shape) -> None:
     """With two tiers, a count is that of the model that its message would go to."""
-    assert counted(gateway, SHAPES[name]) == used(gateway, SHAPES[name])
+    assert counted(gateway, shape) == used(gateway, shape)
 
 
 @pytest.mark.parametrize(

@@ -255,13 +255,12 @@ def test_a_wrong_request(client: anthropic.Anthropic) -> None:
 
 def test_a_prompt_that_is_too_long(client: anthropic.Anthropic) -> None:
     """A prompt beyond the window is a `BadRequestError` with both numbers, streamed or not."""
-    messages: list[MessageParam] = [{"role": "user", "content": "word " * 5000}]
-    model = "claudegw-small"
-    tokens = client.messages.count_tokens(model=model, messages=messages).input_tokens
+    messages: list[MessageParam] = [{"role": "user", "content": "word " * 33_000}]
+    tokens = client.messages.count_tokens(model="m", messages=messages).input_tokens
     for stream in (False, True):
         with pytest.raises(anthropic.BadRequestError) as raised:
-            client.messages.create(model=model, max_tokens=1, messages=messages, stream=stream)
-        assert told(raised.value) == f"prompt is too long: {tokens} tokens > 4095 maximum"
+            client.messages.create(model="m", max_tokens=1, messages=messages, stream=stream)
+        assert told(raised.value) == f"prompt is too long: {tokens} tokens > 32767 maximum"
 
 
 def test_a_path_that_is_not_there(client: anthropic.Anthropic) -> None:

@@ -39,19 +39,14 @@ SDK: Final = CLIENTS / "sdk"
 TURN: Final = {"model": "my-own-name", "max_tokens": 8, "messages": HI}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def node() -> Path:
-    """Node, with the SDK beside it."""
-    if not (SDK / "node_modules/@anthropic-ai/sdk").exists():
-        absent("The TypeScript SDK")
-    return program("node")
-
-
 def done(gateway: Running, call: str, params: Json = None, **more: str) -> Json:
     """What came of one call, as sdk_client.mjs prints it."""
+    node = program("node")
+    if not (SDK / "node_modules/@anthropic-ai/sdk").exists():
+        absent("The TypeScript SDK")
     wanted = {"call": call, "params": params, **more}
     run = subprocess.run(
-        [program("node"), SCRIPT, SDK, gateway.url],
+        [node, SCRIPT, SDK, gateway.url],
         input=orjson.dumps(wanted),
         capture_output=True,
         timeout=600,
@@ -172,14 +167,11 @@ def test_a_wrong_request(gateway: Running) -> None:
 
 def test_a_prompt_that_is_too_long(gateway: Running) -> None:
     """A prompt beyond the window is a ``BadRequestError`` with both numbers, streamed or not."""
-    long = {
-        "model": "claudegw-small",
-        "messages": [{"role": "user", "content": "word " * 5000}],
-    }
+    long = {"model": "m", "messages": [{"role": "user", "content": "word " * 33_000}]}
     tokens = result(gateway, "countTokens", long)["input_tokens"]
     for call in ("create", "stream"):
         found = error(gateway, "BadRequestError", call, {**long, "max_tokens": 1})
-        assert sentence(found) == f"prompt is too long: {tokens} tokens > 4095 maximum"
+        assert sentence(found) == f"prompt is too long: {tokens} tokens > 32767 maximum"
 
 
 def test_a_path_that_is_not_there(gateway: Running) -> None:

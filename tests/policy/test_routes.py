@@ -89,6 +89,17 @@ def test_a_tiers_own_name_is_a_rule(model: str, tier: str) -> None:
     assert choose(TURN, model, (), BOTH).tier == tier
 
 
+@pytest.mark.parametrize("model", ["claude-haiku-4-5", "Local-HAIKU", "claudegw-small[1m]"])
+@pytest.mark.parametrize("kind", ["turn", "subagent"])
+def test_claude_code_names_the_small_model(model: str, kind: Any) -> None:
+    """What it names after the small model goes there; without a small tier, and for others, not."""
+    ours = Call(kind, "because", from_claude_code=True)
+    assert choose(ours, model, (), BOTH) == Route("small", "the name of the small model")
+    assert choose(ours, model, (), ("main",)).tier == "main"
+    assert choose(ours, "my-model", (), BOTH).tier == "main"
+    assert choose(Call(kind, "because"), model, (), BOTH).tier == "main"
+
+
 def test_a_tier_by_name_may_have_any_name() -> None:
     """Tiers beside main and small are reached by their names."""
     assert choose(TITLE, "claudegw-huge", (), (*BOTH, "huge")) == Route(
