@@ -14,7 +14,7 @@ from anthropic.types import MessageParam, ToolParam, ToolUseBlock
 
 from tests.e2e.clients import eventually
 from tests.e2e.scripted_llama import Block, ScriptedLlama, Text
-from tests.e2e.stack import Running, free_port, start_gateway
+from tests.e2e.stack import SMOLLM, Running, free_port, start_gateway, start_server
 
 pytestmark = pytest.mark.server
 
@@ -57,7 +57,7 @@ def rounds(*cities: str) -> list[Json]:
     return [*messages, {"role": "user", "content": cities[-1]}]
 
 
-#: A call that has to end in one use of the tool: nothing else may end it, and it ends there.
+#: A call whose answer starts with a use of the tool and ends there.
 FORCED: Final[dict[str, Json]] = {
     "model": "m",
     "max_tokens": 120,
@@ -202,6 +202,42 @@ def test_a_forced_tool_call_in_a_stream(client: anthropic.Anthropic, choice: Jso
     pieces = [event for event in events if event.type == "input_json"]
     assert pieces[-1].snapshot == used.input
     assert isinstance(used.input["city"], str)
+
+
+@pytest.fixture(scope="module")
+def obedient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A gateway in front of a model that ends its answers by itself, where it may."""
+    template = str(Path(__file__).with_name("glm_order.jinja"))
+    flags = (*SMOLLM, "--ctx-size", "2048", "--chat-template-file", template)
+    server = start_server(tmp_path_factory.mktemp("server"), "smollm2", *flags)
+    try:
+        gateway = start_gateway(tmp_path_factory.mktemp("gateway"), {"main": {"url": server.url}})
+        yield gateway
+        gateway.stop()
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize(
+    ("choice", "may_end"),
+    [({"type": "auto"}, True), *((choice, False) for choice in CHOICES)],
+    ids=["auto", "any", "tool"],
+)
+def test_a_forced_answer_may_not_end_without_the_tool(
+    obedient: Running, choice: Json, may_end: bool
+) -> None:
+    """What ends as text with ``auto`` may not end as text where the tool is forced."""
+    wanted = {"temperature": 0, "chat_template_kwargs": {"enable_thinking": False}}
+    with sdk(obedient) as client:
+        message = client.messages.create(
+            model="m",
+            max_tokens=40,
+            messages=[{"role": "user", "content": "What is the weather in Paris?"}],
+            tools=[WEATHER],
+            tool_choice=choice,
+            extra_body=wanted,
+        )
+    assert (message.stop_reason == "end_turn") is may_end
 
 
 def test_a_count(client: anthropic.Anthropic) -> None:
