@@ -157,7 +157,8 @@ class Dispatch:
             return route
         tier = self.tiers[route.tier]
         window = (await tier.props()).n_ctx
-        room = window - min(request.max_tokens, tier.config.answer_tokens)
+        bound = tier.config.answer_tokens
+        room = window - min(request.max_tokens or bound, bound)
         if _at_most(request) < room:
             return route
         tokens = await tier.counter.count(body)

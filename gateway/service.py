@@ -30,12 +30,15 @@ from gateway.llama.child import Child, command
 from gateway.llama.client import LlamaClient
 from gateway.policy.calls import KINDS
 from gateway.tier.tier import Tier
-from gateway.web.access import Access, site
+from gateway.web.access import Access, QuietSite, site
 from gateway.web.api import Api
 from gateway.wire.errors import ApiError
 
 #: Seconds between two looks whether a server is up, by how often it was not.
 _PATIENCE: Final = backoffPolicy(initialDelay=0.5, maxDelay=30.0, factor=1.2)
+
+#: Seconds that the last bytes of answers get to leave, once the answers have ended.
+_LAST_BYTES: Final = 5.0
 
 log = Logger()
 
@@ -88,6 +91,7 @@ class House(MultiService):
     path: Path
     api: Api
     _reactor: Any
+    _site: QuietSite
     _door: Service
     _children: list[Child]
     _announcing: Deferred[None] | None = None
@@ -107,7 +111,7 @@ class House(MultiService):
         access = Access(gateway.token, gateway.hosts, gateway.body_limit)
         factory = site(api.app.resource(), access, reactor)
         door = strports.service(gateway.listen, factory, reactor)
-        return cls(config, path, api, reactor, door, children)
+        return cls(config, path, api, reactor, factory, door, children)
 
     def __attrs_post_init__(self) -> None:
         MultiService.__init__(self)
@@ -159,6 +163,7 @@ class House(MultiService):
         for tier in self.api.dispatch.tiers.values():
             tier.line.stop()
         await self.api.drain(self.config.gateway.grace, self._reactor)
+        await self._site.hang_up(_LAST_BYTES, self._reactor)
         await gatherResults([child.stopService() for child in self._children])
 
     def _take_sigterm(self) -> None:

@@ -113,8 +113,12 @@ class Child(Service):
         self._ended = Deferred()
         self._signal("TERM")
         kill = self._reactor.callLater(_GRACE, self._signal, "KILL")
-        self._ended.addCallback(lambda _: kill.active() and kill.cancel())
-        return self._ended
+
+        def ended(_: None) -> None:
+            if kill.active():
+                kill.cancel()
+
+        return self._ended.addCallback(ended)
 
     def _shown(self) -> str:
         """The command line without its key."""

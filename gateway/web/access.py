@@ -18,6 +18,10 @@ from uuid import uuid4
 
 import attrs
 import orjson
+from twisted.internet.defer import Deferred
+from twisted.internet.interfaces import IReactorTime
+from twisted.internet.protocol import connectionDone
+from twisted.python.failure import Failure
 from twisted.web.http import HTTPChannel
 from twisted.web.server import Request, Site
 
@@ -164,6 +168,14 @@ def write_error(request: Request, error: ApiError) -> bytes:
 class PoliteChannel(HTTPChannel):
     """A connection on which also what is no HTTP gets an answer in our words."""
 
+    def connectionMade(self) -> None:
+        super().connectionMade()
+        self.factory.connections.add(self)
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        super().connectionLost(reason)
+        self.factory.gone(self)
+
     def _respondToBadRequestAndDisconnect(self) -> None:  # noqa: N802  # Twisted's name
         """Twisted's place for all that it cannot read; its own answer has no body."""
         identity = f"req_{uuid4().hex}"
@@ -190,11 +202,39 @@ class QuietSite(Site):
 
     protocol = cast(Any, PoliteChannel)  # HTTP/1 alone, so that there is nothing to negotiate
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.connections: set[PoliteChannel] = set()
+        self._empty: Deferred[None] | None = None
+
     def log(self, request: Any) -> None:
         """Nothing: each call has a line of its own."""
 
+    def gone(self, connection: PoliteChannel) -> None:
+        """A connection has ended."""
+        self.connections.discard(connection)
+        if not self.connections and self._empty is not None:
+            empty, self._empty = self._empty, None
+            empty.callback(None)
 
-def site(resource: Any, access: Access, reactor: Any) -> Site:
+    async def hang_up(self, seconds: float, reactor: IReactorTime) -> None:
+        """Close every connection, those last that still send, for `seconds` at most."""
+        if not self.connections:
+            return
+        empty = self._empty = Deferred()
+        for connection in list(self.connections):
+            connection.loseConnection()
+        out_of_time = reactor.callLater(seconds, self._abort)
+        await empty
+        if out_of_time.active():
+            out_of_time.cancel()
+
+    def _abort(self) -> None:
+        for connection in list(self.connections):
+            connection.forceAbortClient()
+
+
+def site(resource: Any, access: Access, reactor: Any) -> QuietSite:
     """The site in front of `resource`, with `access` at its door."""
     factory = QuietSite(resource, timeout=60, reactor=reactor, parsePOSTFormSubmission=False)
 

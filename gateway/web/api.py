@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import attrs
 import orjson
 from klein import Klein
-from twisted.internet.defer import CancelledError, Deferred, gatherResults
-from twisted.internet.error import ConnectionClosed, TimeoutError
+from twisted.internet.defer import CancelledError, Deferred, DeferredList
+from twisted.internet.error import ConnectionClosed
 from twisted.internet.interfaces import IPushProducer, IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -167,12 +167,15 @@ class Api:
 
     async def drain(self, grace: float, reactor: IReactorTime) -> None:
         """Wait until no answer is under way any more, for `grace` seconds at most; then cut."""
-        ended = gatherResults([_without_result(each) for each in self._under_way])
-        try:
-            await ended.addTimeout(grace, reactor)
-        except TimeoutError:
-            for answer in list(self._under_way):
-                answer.cancel()
+        ended = DeferredList([_end_of(answer) for answer in self._under_way])
+        out_of_time = reactor.callLater(grace, self._cut)
+        await ended
+        if out_of_time.active():
+            out_of_time.cancel()
+
+    def _cut(self) -> None:
+        for answer in list(self._under_way):
+            answer.cancel()
 
     # --- errors -----------------------------------------------------------------------------------
 
@@ -228,7 +231,7 @@ class Api:
         return write_error(request, error)
 
 
-def _without_result(answer: Deferred[bytes | None]) -> Deferred[None]:
+def _end_of(answer: Deferred[bytes | None]) -> Deferred[None]:
     """Fires when `answer` does, whatever came of it, and leaves it as it is."""
     ended: Deferred[None] = Deferred()
 
