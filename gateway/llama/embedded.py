@@ -47,6 +47,8 @@ def parser() -> argparse.ArgumentParser:
     add("--api-key", default="")
     add("--metrics", action="store_true")
     add("--reasoning-format", choices=_REASONING_FORMATS, default="deepseek")
+    add("-r", "--reverse-prompt", action="append", default=[], help="ends an answer; repeatable")
+    add("--repeat-penalty", type=float, default=1.0)
     return options
 
 
@@ -108,6 +110,8 @@ def parameters(xllamacpp: Any, options: argparse.Namespace) -> Any:
         params.api_keys = options.api_key.split(",")
     params.endpoint_metrics = options.metrics
     params.reasoning_format = _reasoning_format(xllamacpp, options.reasoning_format)
+    params.antiprompt = options.reverse_prompt
+    params.sampling.penalty_repeat = options.repeat_penalty
     params.cors_origins = "localhost"
     params.ui = False
     return params

@@ -33,6 +33,8 @@ NAMES = {
     "--api-key": "key",
     "--metrics": None,
     "--reasoning-format": "none",
+    "--reverse-prompt": ".",
+    "--repeat-penalty": "1.5",
 }
 
 SHORT = {
