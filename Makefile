@@ -35,7 +35,10 @@ clean:
 	rm -rf $(VENV) .cache build dist *.egg-info
 
 $(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "claudegw needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+		{ rm -rf $(VENV); echo "Install Python's venv first (Debian: apt install python3-venv)"; exit 1; }
 
 $(VENV)/demo: setup.cfg pyproject.toml | $(BIN)/python
 	$(PIP) install --editable '.[demo]'

@@ -12,6 +12,7 @@ import json
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any, Final
@@ -148,7 +149,10 @@ def _models(config: Config) -> dict[str, int]:
     try:
         connection.request("GET", "/v1/models", headers=headers)
         answer = connection.getresponse()
-        listed = json.loads(answer.read())["data"]
+        said = json.loads(answer.read())
+        if answer.status != HTTPStatus.OK:
+            raise Unusable(f"The gateway says: {said['error']['message']}")
+        listed = said["data"]
     except (OSError, HTTPException, ValueError, KeyError) as error:
         raise Unusable(
             f"No gateway answers at http://{host}:{port} ({error}). Start it first:"

@@ -87,7 +87,13 @@ def upstream_endpoint(url: str) -> str:
     if url.startswith("unix:/"):
         return f"unix:path={_quoted(url.removeprefix('unix:'))}:timeout=5"
     parts = urlsplit(url)
-    if parts.scheme != "http" or not parts.hostname or parts.path.strip("/") or parts.query:
+    if (
+        parts.scheme != "http"
+        or not parts.hostname
+        or "@" in parts.netloc
+        or parts.path.strip("/")
+        or parts.query
+    ):
         raise ValueError(url)
     return f"tcp:host={_quoted(parts.hostname)}:port={parts.port or 80}:timeout=5"
 

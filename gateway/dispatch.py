@@ -139,6 +139,8 @@ class Dispatch:
         """Decide all that can be decided, and refuse what can be refused, before the line."""
         call, route = self._route(request, headers)
         record.kind, record.model = call.kind, request.model
+        record.tier, record.rule = route.tier, route.rule
+        caller.routed(route.tier, call.kind)
         body = prefix.prepare(request)
         route = await self._where_it_fits(request, body, route)
         tier = self.tiers[route.tier]

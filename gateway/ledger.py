@@ -97,7 +97,7 @@ class Ledger:
             record.outcome = f"{error.status} {error.kind}"
             raise
         except (CancelledError, GeneratorExit):
-            record.outcome = "client left"
+            record.outcome = "cancelled"
             raise
         except BaseException:
             record.outcome = "500 internal"

@@ -11,6 +11,7 @@ import sys
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
+from shlex import quote
 from typing import Any, ClassVar, Final
 
 import attrs
@@ -56,6 +57,7 @@ class Options(usage.Options):
             self.path = Path(self["config"]).absolute()
             self.loaded = load(self.path, KINDS)
             _check_listen(self.loaded.gateway.listen)
+            _make_state_dir(self.loaded.gateway.state_dir)
         except ConfigError as error:
             lines = "\n  ".join(error.mistakes)
             raise usage.UsageError(f"{self['config']} cannot be used:\n  {lines}") from None
@@ -67,6 +69,15 @@ def _check_listen(listen: str) -> None:
         serverFromString(None, listen)
     except (ValueError, TypeError, KeyError, LookupError) as error:
         raise ConfigError([f"gateway.listen: no endpoint that Twisted knows: {error}"]) from None
+
+
+def _make_state_dir(state_dir: Path) -> None:
+    """Make the state folder; raises ConfigError where it cannot be used."""
+    try:
+        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (state_dir / "slots").mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise ConfigError([f"gateway.state_dir: {state_dir}: {error.strerror}"]) from None
 
 
 def makeService(options: Options) -> Service:
@@ -119,9 +130,6 @@ class House(MultiService):
             service.setServiceParent(self)
 
     def startService(self) -> None:
-        state_dir = self.config.gateway.state_dir
-        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        (state_dir / "slots").mkdir(mode=0o700, exist_ok=True)
         for tier in self.api.dispatch.tiers.values():
             tier.line.start()
         self._reactor.callWhenRunning(self._take_sigterm)
@@ -148,7 +156,7 @@ class House(MultiService):
         command = Path(sys.executable).with_name("claudegw")
         log.info(
             "every server is up; in another terminal type:\n{command}",
-            command=f'claude --settings "$({command} settings --config {self.path})"',
+            command=f'claude --settings "$({command} settings --config {quote(str(self.path))})"',
         )
 
     def stopService(self) -> Deferred[None]:

@@ -132,6 +132,8 @@ class FakeLlama(Resource):
         #: A status that everything is answered with, for a server that loads.
         self.status: int | None = None
         self.busy = 0
+        #: Paths that are never answered.
+        self.hangs: set[str] = set()
 
     def render(self, request: Request) -> Any:
         assert request.content is not None
@@ -139,6 +141,8 @@ class FakeLlama(Resource):
         body: Any = orjson.loads(raw) if raw else None
         path = request.path.decode()
         self.asked.append((path, body))
+        if path in self.hangs:
+            return NOT_DONE_YET
         if self.status is not None:
             request.setResponseCode(self.status)
             said = {"code": self.status, "message": "Loading model", "type": "unavailable_error"}

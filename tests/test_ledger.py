@@ -19,7 +19,7 @@ from tests.house import Household, turn
     [
         (None, "answered"),
         (invalid("no"), "400 invalid_request_error"),
-        (CancelledError(), "client left"),
+        (CancelledError(), "cancelled"),
         (KeyError("bug"), "500 internal"),
     ],
 )

@@ -18,8 +18,14 @@ import orjson
 from hyperlink import EncodedURL
 from treq.client import HTTPClient
 from twisted.internet.defer import CancelledError, Deferred, succeed
+from twisted.internet.defer import TimeoutError as TimedOut
 from twisted.internet.endpoints import clientFromString
-from twisted.internet.error import ConnectError, ConnectionClosed, TimeoutError
+from twisted.internet.error import (
+    ConnectError,
+    ConnectingCancelledError,
+    ConnectionClosed,
+    DNSLookupError,
+)
 from twisted.internet.interfaces import (
     IConsumer,
     IPushProducer,
@@ -267,12 +273,7 @@ class LlamaClient:
                 vision=bool(said.get("modalities", {}).get("vision")),
             )
         except (KeyError, TypeError, ValueError, AttributeError):
-            raise ApiError(
-                "api_error",
-                f"What listens at {self.url} (tier {self.tier!r}) is no llama-server.",
-                status=502,
-                should_retry=False,
-            ) from None
+            raise self._no_llama() from None
 
     async def busy_slots(self) -> int:
         """
@@ -281,7 +282,11 @@ class LlamaClient:
         Ask at most every 2 s: each answer restarts the second after which llama-server looks
         whether the clients of its other calls are still there.
         """
-        return sum(bool(slot["is_processing"]) for slot in await self._ask("GET", "/slots"))
+        slots = await self._ask("GET", "/slots")
+        try:
+            return sum(bool(slot["is_processing"]) for slot in slots)
+        except (KeyError, TypeError):
+            raise self._no_llama() from None
 
     async def apply_template(self, chat: Mapping[str, Json]) -> str:
         """The prompt that a chat-shaped body renders to."""
@@ -336,7 +341,7 @@ class LlamaClient:
         asked.addTimeout(PATIENCE, self._reactor)
         try:
             return await asked
-        except TimeoutError:
+        except TimedOut:
             raise unavailable(
                 f"The model server of tier {self.tier!r} did not answer {path}"
                 f" within {PATIENCE:.0f} seconds."
@@ -365,7 +370,9 @@ class LlamaClient:
                 unbuffered=True,
                 allow_redirects=False,
             )
-        except (ConnectError, TimeoutError):
+        except ConnectingCancelledError:
+            raise CancelledError from None
+        except (ConnectError, DNSLookupError):
             raise self._gone() from None
         except (
             ResponseNeverReceived,
@@ -379,6 +386,14 @@ class LlamaClient:
         except ConnectionClosed as error:
             raise Lost(str(error)) from None
         return Answer(response)
+
+    def _no_llama(self) -> ApiError:
+        return ApiError(
+            "api_error",
+            f"What listens at {self.url} (tier {self.tier!r}) is no llama-server.",
+            status=502,
+            should_retry=False,
+        )
 
     def _gone(self) -> ApiError:
         return unavailable(f"No model server answers at {self.url} (tier {self.tier!r}).")

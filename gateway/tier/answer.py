@@ -14,6 +14,7 @@ error makes it send the call again without streaming, which then gets the true s
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextlib import suppress
 from typing import Any, Protocol, Self
 
 import attrs
@@ -134,7 +135,8 @@ async def from_model(
         permit.abandon()
     if repair.usage.input is None:
         # llama-server forgot its message_start, the only place where it says this.
-        repair.usage.input = await tier.counter.count(body)
+        with suppress(ApiError):  # the answer is whole, whatever it cost
+            repair.usage.input = await tier.counter.count(body)
     teller.tell(repair.end())
 
 

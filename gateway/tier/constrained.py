@@ -101,7 +101,10 @@ def usable(schema: Mapping[str, Json]) -> Draft202012Validator:
         raise invalid(f"{_WHERE}: {error.message[:200]}") from None
     except RecursionError:
         raise _too_large() from None
-    if _refers(bounded(schema, _STEPS)):
+    tight = bounded(schema, _STEPS)
+    if not isinstance(tight, Mapping):
+        raise invalid(f"{_WHERE}: a schema that allows everything holds an answer to nothing")
+    if _refers(tight):
         raise invalid(
             f"{_WHERE}: a $ref can stand in properties, items, anyOf, oneOf and allOf only"
         )

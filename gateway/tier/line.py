@@ -214,6 +214,11 @@ class Line:
         except ApiError as error:
             log.debug("cannot ask for the slots: {error}", error=error)
             return settling
+        except CancelledError:
+            raise
+        except Exception:  # noqa: BLE001  # whatever it is, no permit may be lost to it
+            log.failure("cannot ask for the slots")
+            return settling
         return max(0, min(settling, self._running + settling - busy))
 
 

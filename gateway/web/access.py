@@ -12,8 +12,9 @@ from __future__ import annotations
 import hmac
 from collections.abc import Collection, Mapping
 from io import BytesIO
+from ipaddress import ip_address
 from typing import Any, Final, cast
-from urllib.parse import unquote_to_bytes
+from urllib.parse import unquote_to_bytes, urlsplit
 from uuid import uuid4
 
 import attrs
@@ -60,11 +61,18 @@ class Access:
             headers: its headers, names in lower case.
         """
         host = _without_port(headers.get("host", "")).lower()
-        if host not in _LOOPBACK and host not in map(str.lower, self.hosts):
+        known = _LOOPBACK.union(map(str.lower, self.hosts))
+        # A name can be made to lead here by anybody (DNS rebinding), an address cannot.
+        if host not in known and not (self.token is not None and _is_address(host)):
             return ApiError(
                 "permission_error",
                 f"This gateway does not answer to the name {host[:100]!r};"
                 " add it to hosts in [gateway] if it should.",
+            )
+        origin = headers.get("origin", "")
+        if origin and _without_port(urlsplit(origin).netloc).lower() not in known:
+            return ApiError(
+                "permission_error", "Web pages of other places may not use this gateway."
             )
         if path == "/healthz" or self.token is None:
             return None
@@ -76,6 +84,14 @@ class Access:
             "authentication_error",
             "This gateway wants its token, as x-api-key or as Authorization: Bearer.",
         )
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ip_address(host.strip("[]"))
+    except ValueError:
+        return False
+    return True
 
 
 def _without_port(host: str) -> str:

@@ -48,7 +48,7 @@ class MessagesRequest:
     @property
     def max_tokens(self) -> int:
         """The longest answer in tokens; 0 in a count, which needs none."""
-        return int(self.body.get("max_tokens", 0))
+        return int(self.body.get("max_tokens") or 0)
 
     @property
     def messages(self) -> Sequence[Mapping[str, Json]]:
@@ -278,6 +278,7 @@ _body = _fields(
         "metadata": _is(dict),
         "output_config": _fields({}, {"format": _format, "effort": _is(str)}),
         "output_format": _format,
+        "max_tokens": _integer(1),
         "chat_template_kwargs": _is(dict),
     },
 )
@@ -287,8 +288,8 @@ def _check_body(body: dict[str, Json], counting: bool) -> None:
     _body(body, "")
     if not counting:
         _fields({"max_tokens": _integer(1)})(body, "")
-    if not body["messages"]:
-        raise invalid("messages: at least one message is required")
+    if all(message["role"] == "system" for message in body["messages"]):
+        raise invalid("messages: at least one message of the user is required")
     names = [tool["name"] for tool in body.get("tools") or ()]
     for name in _repeated(names):
         raise invalid(f"tools: Tool names must be unique; {name!r} stands there twice")

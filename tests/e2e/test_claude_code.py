@@ -113,7 +113,7 @@ def test_escape_stops_the_model(
     (slot,) = main_server.ask("/slots")[1]
     assert slot["is_processing"] is False
     (turn,) = log.ended("turn")
-    assert (turn["outcome"], turn["output"]) == ("client left", 0)
+    assert (turn["outcome"], turn["output"]) == ("cancelled", 0)
 
 
 @pytest.mark.server

@@ -69,7 +69,7 @@ def test_a_client_that_leaves_stops_the_upstream(
         client.leave()
         seen_leaving(llama, number)
     until(partial(line, gateway, running=0))
-    assert outcome(gateway) == "client left"
+    assert outcome(gateway) == "cancelled"
     assert_all_is_well(gateway)
 
 

@@ -6,6 +6,7 @@ import attrs
 import pytest
 from twisted.internet.defer import CancelledError, Deferred, succeed
 from twisted.internet.task import Clock
+from twisted.logger import LogEvent
 
 from gateway.tier.line import FIRST_ASK, NEXT_ASK, Line, Permit
 from gateway.wire.errors import ApiError, unavailable
@@ -17,12 +18,12 @@ class Server:
 
     busy: int = 0
     asked: int = 0
-    down: bool = False
+    failure: Exception | None = None
 
     def busy_slots(self) -> Deferred[int]:
         self.asked += 1
-        if self.down:
-            raise unavailable("down")
+        if self.failure is not None:
+            raise self.failure
         return succeed(self.busy)
 
 
@@ -134,7 +135,7 @@ def test_an_abandoned_permit_waits_for_the_slot() -> None:
 def test_a_server_that_is_gone_has_no_busy_slot() -> None:
     """A server that cannot be asked does not keep the line shut."""
     scene = Scene()
-    scene.server.down = True
+    scene.server.failure = unavailable("down")
     leaver, patient = scene.join(), scene.join()
     assert leaver.permit is not None
     leaver.permit.abandon()
@@ -196,3 +197,16 @@ def test_a_line_that_stops_cancels_who_waits() -> None:
     scene.line.stop()
     assert waiter.cancelled
     assert scene.clock.getDelayedCalls() == []
+
+
+def test_whatever_the_server_answers_no_permit_is_lost(logged: list[LogEvent]) -> None:
+    """An answer that makes no sense is logged, and the line goes on."""
+    scene = Scene()
+    scene.server.failure = KeyError("is_processing")
+    leaver, patient = scene.join(), scene.join()
+    assert leaver.permit is not None
+    leaver.permit.abandon()
+    scene.clock.advance(FIRST_ASK)
+    assert patient.permit is not None
+    assert any(event.get("log_failure") for event in logged)
+    logged.clear()

@@ -230,3 +230,12 @@ def test_no_web_page_may_read_an_answer() -> None:
         house.settle()
         assert browser.status is not None
         assert not any(name.startswith("access-control") for name in browser.headers)
+
+
+def test_an_address_is_no_name() -> None:
+    """With a token any address may be asked for: nobody can make it lead elsewhere."""
+    headers = {"host": "192.168.1.5:9090", "x-api-key": "sesame"}
+    assert Access("sesame", (), 1024).refusal("/status", headers) is None
+    without = Access(None, (), 1024).refusal("/status", headers)
+    assert without is not None
+    assert without.status == 403

@@ -122,6 +122,31 @@ def test_the_slot_is_known_idle_before_the_next_call() -> None:
     assert patient.status == 200
 
 
+def test_a_server_that_hangs_does_not_shut_the_line() -> None:
+    """A question about the slots that is never answered ends, and the next call goes."""
+    house = Household.built()
+    leaver, patient = house.ask(turn()), house.ask(turn())
+    house.main.hangs = {"/slots"}
+    leaver.leave()
+    house.wait(1.5)
+    assert len(house.main.held) == 1
+    house.wait(61)
+    assert len(house.main.held) == 2
+    house.main.held[1].answer()
+    house.settle()
+    assert patient.status == 200
+
+
+def test_a_count_that_hangs_is_503() -> None:
+    """A server that does not answer a short question within a minute is unavailable."""
+    house = Household.built()
+    house.main.hangs = {"/apply-template"}
+    browser = house.ask(turn(), "/v1/messages/count_tokens")
+    house.wait(61)
+    assert browser.status == 503
+    assert "/apply-template" in browser.json["error"]["message"]
+
+
 # --- the server that fails --------------------------------------------------------------------
 
 
@@ -328,6 +353,27 @@ def test_a_tiny_model_does_not_ramble() -> None:
     house = Household.built(small=FakeLlama(n_ctx=8192, slots=2))
     house.ask(turn() | {"model": "claude-haiku-4-5", "max_tokens": 32_000}, **CLAUDE_CODE)
     assert house.small.held[0].body["max_tokens"] == 1024
+
+
+def test_a_count_is_taken_where_its_message_would_go() -> None:
+    """A count of a haiku-named call goes to small whatever it says of max_tokens."""
+    house = Household.built()
+    body = {"model": "claude-haiku-4-5", "messages": turn()["messages"]}
+    browser = house.ask(body, "/v1/messages/count_tokens", **CLAUDE_CODE)
+    assert browser.headers["x-claudegw-tier"] == "small"
+    browser = house.ask(body | {"max_tokens": "abc"}, "/v1/messages/count_tokens", **CLAUDE_CODE)
+    assert browser.status == 400
+
+
+def test_a_web_page_of_another_place_is_refused() -> None:
+    """A page that posts to loopback without asking gets 403, and no model works for it."""
+    house = Household.built()
+    browser = house.ask(turn(), origin="https://evil.example")
+    assert browser.status == 403
+    assert house.main.asked == []
+    ours = house.ask(turn(), origin="http://localhost:9090")
+    assert ours.raw == b""
+    assert len(house.main.held) == 1
 
 
 def test_housekeeping_that_does_not_fit_goes_to_main() -> None:

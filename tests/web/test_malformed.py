@@ -348,8 +348,8 @@ _DOOR = (
             "host: evil.example\r\n",
             "host: localhost.evil.example:9090\r\n",
             "host: localhost:9090@evil.example\r\n",
-            "host: 127.0.0.2\r\n",
-            "host: [::2]:9090\r\n",
+            "host: 127.0.0.1.evil.example\r\n",
+            "host: [evil.example]:9090\r\n",
             "host: localhost evil.example\r\n",
             "host: \xff\r\n",
         )
