@@ -63,7 +63,7 @@ class Running:
         finally:
             connection.close()
 
-    def wait(self, path: str, seconds: float = 120) -> None:
+    def wait(self, path: str, seconds: float = 900) -> None:
         """Until `path` is answered with 200."""
         end = time.monotonic() + seconds
         while True:
