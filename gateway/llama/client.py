@@ -412,5 +412,5 @@ class _Always:
 
     endpoint: IStreamClientEndpoint
 
-    def endpointForURI(self, uri: object) -> IStreamClientEndpoint:  # noqa: ARG002
+    def endpointForURI(self, uri: object) -> IStreamClientEndpoint:  # noqa: ARG002  # any
         return self.endpoint

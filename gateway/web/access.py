@@ -208,7 +208,7 @@ class PoliteChannel(HTTPChannel):
         self.transport.write(head.encode() + body)
         self.loseConnection()
 
-    def lineLengthExceeded(self, line: bytes) -> None:  # noqa: ARG002
+    def lineLengthExceeded(self, line: bytes) -> None:  # noqa: ARG002  # its length is all
         """A header that is too long would be left without an answer."""
         self._respondToBadRequestAndDisconnect()
 
