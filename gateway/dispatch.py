@@ -7,21 +7,23 @@ and touches no socket (`gateway.tier` and `gateway.llama` do).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, Protocol
 from uuid import uuid4
 
 import attrs
+import orjson
 from twisted.internet.interfaces import IReactorTime
+from twisted.logger import Logger
 
 from gateway.config import RouteRule
 from gateway.ledger import Ledger, Record
-from gateway.policy import calls, prefix, routes
+from gateway.policy import calls, patience, prefix, routes, tools
 from gateway.policy.calls import Call
 from gateway.policy.routes import Route
 from gateway.tier import answer, constrained
-from gateway.tier.answer import Client, Teller
+from gateway.tier.answer import Client
 from gateway.tier.tier import Tier
 from gateway.wire import request as wire
 from gateway.wire.errors import prompt_too_long
@@ -33,6 +35,8 @@ Json = Any
 #: Tokens that a template may add to what a body says: a preamble, and so much for each tool.
 _PREAMBLE: Final = 1024
 _EACH_TOOL: Final = 64
+
+log = Logger()
 
 
 class Caller(Client, Protocol):
@@ -48,7 +52,12 @@ class Caller(Client, Protocol):
 
 @attrs.frozen
 class _Prepared:
-    """A call that is ready to be sent."""
+    """
+    A call that is ready to be sent.
+
+    Attributes:
+        check: raises ApiError if it is too late for it, when its turn comes.
+    """
 
     request: MessagesRequest
     call: Call
@@ -56,6 +65,7 @@ class _Prepared:
     tier: Tier
     body: dict[str, Json]
     record: Record
+    check: Callable[[], None] = lambda: None
 
 
 @attrs.frozen(eq=False)
@@ -94,7 +104,12 @@ class Dispatch:
             if request.schema is not None:
                 constrained.usable(request.schema)
             ready = await self._prepare(request, headers, caller, record)
-            repair = Repair(f"msg_{uuid4().hex}", request.model, ready.tier.name)
+            repair = Repair(
+                f"msg_{uuid4().hex}",
+                request.model,
+                ready.tier.name,
+                one_call=tools.takes_one_call(request),
+            )
             record.usage = repair.usage
             ask = self._asking(ready, repair)
             if not request.stream:
@@ -113,21 +128,17 @@ class Dispatch:
         """
         with self.ledger.call(caller.request_id) as record:
             request = wire.parse(raw, counting=True)
-            body = prefix.prepare(request)
-            _, route = self._route(request, headers)
-            route = await self._where_it_fits(request, body, route)
+            call = calls.understand(request, headers)
+            route = routes.choose(call, request.model, self.rules, self.tiers.keys())
             record.kind, record.model = "count", request.model
+            tier, body, route = await self._place(request, call, route)
             record.tier, record.rule = route.tier, route.rule
             caller.routed(route.tier, "count")
-            tokens = await self.tiers[route.tier].counter.count(body)
+            tokens = await tier.counter.count(body)
             record.usage.input = tokens
             return tokens
 
     # --- the rooms on the way ---------------------------------------------------------------------
-
-    def _route(self, request: MessagesRequest, headers: Mapping[str, str]) -> tuple[Call, Route]:
-        call = calls.understand(request, headers)
-        return call, routes.choose(call, request.model, self.rules, self.tiers.keys())
 
     async def _prepare(
         self,
@@ -137,38 +148,53 @@ class Dispatch:
         record: Record,
     ) -> _Prepared:
         """Decide all that can be decided, and refuse what can be refused, before the line."""
-        call, route = self._route(request, headers)
-        record.kind, record.model = call.kind, request.model
-        record.tier, record.rule = route.tier, route.rule
-        caller.routed(route.tier, call.kind)
-        body = prefix.prepare(request)
-        route = await self._where_it_fits(request, body, route)
-        tier = self.tiers[route.tier]
-        if call.is_housekeeping:
+        call = calls.understand(request, headers)
+        if call.kind == "hook":
+            request = request.without_tools()
+        route = routes.choose(call, request.model, self.rules, self.tiers.keys())
+        self._note(record, request, call, route, caller)
+        tier, body, route = await self._place(request, call, route)
+        self._note(record, request, call, route, caller)
+        if _is_bounded(call, route):
             body["max_tokens"] = min(request.max_tokens, tier.config.answer_tokens)
+        body["max_tokens"] = await self._room(body, tier)
+        ready = _Prepared(request, call, route, tier, body, record)
+        if call.kind == "classifier" and route.tier == routes.MAIN:
+            return attrs.evolve(ready, check=await self._in_time(ready))
+        return ready
+
+    def _note(
+        self, record: Record, request: MessagesRequest, call: Call, route: Route, caller: Caller
+    ) -> None:
+        record.kind, record.model = call.kind, request.model
         record.tier, record.rule, record.background = route.tier, route.rule, route.background
         caller.routed(route.tier, call.kind)
-        body["max_tokens"] = await self._room(request, body, tier)
-        return _Prepared(request, call, route, tier, body, record)
 
-    async def _where_it_fits(
-        self, request: MessagesRequest, body: Mapping[str, Json], route: Route
-    ) -> Route:
-        """`route`, or the main tier for what is too long for the small one."""
-        if route.tier == routes.MAIN:
-            return route
+    async def _place(
+        self, request: MessagesRequest, call: Call, route: Route
+    ) -> tuple[Tier, dict[str, Json], Route]:
+        """The tier, the body as its server gets it, and the route, which a small window changes."""
         tier = self.tiers[route.tier]
+        body = await self._body(request, call, tier)
+        if route.tier == routes.MAIN:
+            return tier, body, route
         window = (await tier.props()).n_ctx
         bound = tier.config.answer_tokens
         room = window - min(request.max_tokens or bound, bound)
-        if _at_most(request) < room:
-            return route
-        tokens = await tier.counter.count(body)
-        if tokens < room:
-            return route
-        return routes.too_long_for_small(route, tokens, window)
+        if _at_most(body) < room or (tokens := await tier.counter.count(body)) < room:
+            return tier, body, route
+        main = self.tiers[routes.MAIN]
+        route = routes.too_long_for_small(route, tokens, window)
+        return main, await self._body(request, call, main), route
 
-    async def _room(self, request: MessagesRequest, body: Mapping[str, Json], tier: Tier) -> int:
+    async def _body(self, request: MessagesRequest, call: Call, tier: Tier) -> dict[str, Json]:
+        body = prefix.prepare(request, await tier.template())
+        told = body.get("chat_template_kwargs")
+        if told and call.is_in_conversation and not request.is_bound:
+            body["chat_template_kwargs"] = tier.keep(call.conversation, told)
+        return body
+
+    async def _room(self, body: Mapping[str, Json], tier: Tier) -> int:
         """
         The longest answer that fits the window, in tokens.
 
@@ -179,44 +205,58 @@ class Dispatch:
         """
         window = (await tier.props()).n_ctx
         wanted = int(body["max_tokens"])
-        if _at_most(request) < window:
+        if _at_most(body) < window:
             return min(wanted, window)
         tokens = await tier.counter.count(body)
         if tokens >= window:
             raise prompt_too_long(tokens, window)
         return min(wanted, window - tokens)
 
+    async def _in_time(self, ready: _Prepared) -> Callable[[], None]:
+        """
+        What refuses a safety check that its client would not wait for.
+
+        Returns:
+            Raises ApiError (503, not to be tried again) if it is too late by now.
+        """
+        pace, body, record = ready.tier.pace, ready.body, ready.record
+        tokens = await ready.tier.counter.count(body)
+        output = patience.verdict_tokens(body["max_tokens"])
+
+        def check() -> None:
+            needed = pace.estimate(tokens, pace.seen(body), output)
+            waited = self._reactor.seconds() - record.arrived
+            refusal = patience.refuse(tokens, needed, waited)
+            if refusal is not None:
+                log.warn("{id} classifier: {why}", id=record.id, why=refusal.message)
+                raise refusal
+
+        check()
+        return check
+
     def _asking(self, ready: _Prepared, repair: Repair) -> answer.Ask:
         """How the answer of `ready` is asked for, once somebody says how it is to be told."""
-        background, started = ready.route.background, partial(self.ledger.started, ready.record)
+
+        def started() -> None:
+            self.ledger.started(ready.record)
+            ready.check()
+
+        how: Any = {"background": ready.route.background, "started": started}
         schema = ready.request.schema
-        if schema is None or ready.request.tools:
-
-            async def ask(teller: Teller) -> None:
-                await answer.from_model(
-                    ready.tier, ready.body, repair, teller, background=background, started=started
-                )
-
-            return ask
+        if schema is None:
+            return partial(answer.from_model, ready.tier, ready.body, repair, **how)
         tokens = ready.body["max_tokens"]
-        if ready.call.is_housekeeping:
+        if _is_bounded(ready.call, ready.route):
             tokens = min(tokens, ready.tier.config.schema_tokens)
-
-        async def ask_under_schema(teller: Teller) -> None:
-            await answer.under_schema(
-                ready.tier,
-                ready.body,
-                schema,
-                repair,
-                teller,
-                tokens=tokens,
-                background=background,
-                started=started,
-            )
-
-        return ask_under_schema
+        under = answer.under_schema if ready.request.is_bound else answer.words_under_schema
+        return partial(under, ready.tier, ready.body, schema, repair, tokens=tokens, **how)
 
 
-def _at_most(request: MessagesRequest) -> int:
+def _at_most(body: Mapping[str, Json]) -> int:
     """More tokens than the prompt can have: a token stands for at least one byte."""
-    return request.size + _PREAMBLE + _EACH_TOOL * len(request.tools)
+    return len(orjson.dumps(body)) + _PREAMBLE + _EACH_TOOL * len(body.get("tools", ()))
+
+
+def _is_bounded(call: Call, route: Route) -> bool:
+    """Whether the answer is housekeeping, which a tiny model would never end by itself."""
+    return call.is_housekeeping or (call.kind == "other" and route.tier != routes.MAIN)

@@ -115,7 +115,8 @@ class FakeLlama(Resource):
     """
     A llama-server that answers as a test tells it to.
 
-    Prompts have as many tokens as their text has characters.
+    Prompts have as many tokens as their text has characters.  Its template is one that shows the
+    messages alone, whatever `template`, the text that it pretends to have, reads.
     """
 
     isLeaf = True
@@ -132,6 +133,12 @@ class FakeLlama(Resource):
         #: A status that everything is answered with, for a server that loads.
         self.status: int | None = None
         self.busy = 0
+        #: Whether it takes images.
+        self.vision = False
+        #: The text of its chat template.
+        self.template = ""
+        #: Whether it says "no" at the end of each turn of a user when thinking is off.
+        self.rewrites = False
         #: Paths that are never answered.
         self.hangs: set[str] = set()
 
@@ -155,14 +162,15 @@ class FakeLlama(Resource):
                         "total_slots": self.slots,
                         "model_alias": "fake",
                         "build_info": "b1",
-                        "modalities": {"vision": False},
+                        "modalities": {"vision": self.vision},
+                        "chat_template": self.template,
                     }
                 )
             case "/slots":
                 busy = [{"is_processing": n < self.busy} for n in range(self.slots)]
                 return orjson.dumps(busy)
             case "/apply-template":
-                return orjson.dumps({"prompt": prompt_of(body)})
+                return orjson.dumps({"prompt": self.prompt_of(body)})
             case "/tokenize":
                 return orjson.dumps({"tokens": list(range(len(body["content"])))})
             case "/v1/messages/count_tokens":
@@ -177,7 +185,12 @@ class FakeLlama(Resource):
                     "content": self.completions.pop(0),
                     "stop_type": "eos",
                     "tokens_predicted": 5,
-                    "timings": {"prompt_n": 11, "cache_n": 2},
+                    "timings": {
+                        "prompt_n": 11,
+                        "cache_n": 2,
+                        "prompt_ms": 1100.0,
+                        "predicted_ms": 500.0,
+                    },
                 }
                 return orjson.dumps(said)
             case _:
@@ -187,10 +200,12 @@ class FakeLlama(Resource):
     def paths(self) -> list[str]:
         return [path for path, _ in self.asked]
 
-
-def prompt_of(chat: Mapping[str, Any]) -> str:
-    """What the fake server renders a chat to."""
-    return orjson.dumps(chat["messages"]).decode()
+    def prompt_of(self, chat: Mapping[str, Any]) -> str:
+        """What a chat is rendered to."""
+        prompt = orjson.dumps(chat["messages"]).decode()
+        if self.rewrites and chat["chat_template_kwargs"]["enable_thinking"] is False:
+            return prompt.replace('"user"', '"user, no thinking"')
+        return prompt
 
 
 class Wire(StringTransport):

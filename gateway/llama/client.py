@@ -50,6 +50,7 @@ from twisted.web.iweb import IAgentEndpointFactory, IBodyProducer, IResponse
 from zope.interface import implementer
 
 from gateway.config import upstream_endpoint
+from gateway.policy.template import Template
 from gateway.wire.errors import ApiError, from_upstream, unavailable
 
 Json = Any
@@ -78,14 +79,14 @@ class Props:
         slots: how many calls it takes at once.
         alias: the name that it gives its model.
         build: its build; ``b0-unknown`` where it does not know.
-        vision: whether it takes images.
+        template: what its chat template can be told.
     """
 
     n_ctx: int
     slots: int
     alias: str
     build: str
-    vision: bool
+    template: Template
 
 
 @attrs.frozen
@@ -99,6 +100,8 @@ class Completion:
         evaluated: prompt tokens that were evaluated.
         cached: prompt tokens that the slot still had.
         generated: tokens generated.
+        prefill: seconds that the evaluation of the prompt took.
+        generation: seconds that the generation took.
     """
 
     text: str
@@ -106,6 +109,8 @@ class Completion:
     evaluated: int
     cached: int
     generated: int
+    prefill: float = 0.0
+    generation: float = 0.0
 
 
 @implementer(IBodyProducer)
@@ -270,7 +275,10 @@ class LlamaClient:
                 slots=int(said["total_slots"]),
                 alias=str(said.get("model_alias") or said.get("model_path") or ""),
                 build=str(said.get("build_info", "")),
-                vision=bool(said.get("modalities", {}).get("vision")),
+                template=Template.of(
+                    str(said.get("chat_template") or ""),
+                    vision=bool(said.get("modalities", {}).get("vision")),
+                ),
             )
         except (KeyError, TypeError, ValueError, AttributeError):
             raise self._no_llama() from None
@@ -327,6 +335,8 @@ class LlamaClient:
             evaluated=int(timings.get("prompt_n", said.get("tokens_evaluated", 0))),
             cached=int(timings.get("cache_n", 0)),
             generated=int(said.get("tokens_predicted", 0)),
+            prefill=float(timings.get("prompt_ms", 0)) / 1000,
+            generation=float(timings.get("predicted_ms", 0)) / 1000,
         )
 
     # --- how it is asked --------------------------------------------------------------------------

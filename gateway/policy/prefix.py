@@ -14,15 +14,25 @@ misplaces nothing:
    they would make templates such as GLM's drop the thinking of the loop.
 7. A user's own words beside tool results come after them, in a turn of their own; llama-server
    would put them before.
+8. The opening turn goes from what changes least to what changes most: what ``system`` messages say
+   of the place, its agents and skills, then reminders, then those that change from session to
+   session, then the user's words.  So a second session in the same folder shares all but the end.
+9. Tools stand in an order that a later request only adds to (`gateway.policy.tools`), blocks are
+   said in one way (`gateway.policy.blocks`), and so are switches (`gateway.policy.template`).
 
 Each later request of a conversation only adds to the end (docs/prompt-cache.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from gateway.policy import template as templates
+from gateway.policy import tools
+from gateway.policy.blocks import told
+from gateway.policy.template import Template
 from gateway.wire.request import MessagesRequest
 
 Json = Any
@@ -30,90 +40,95 @@ Json = Any
 _ATTRIBUTION: Final = "x-anthropic-billing-header:"
 _REMINDER: Final = "<system-reminder>"
 
-#: What llama-server's ``/v1/messages`` takes over from a body (llama.cpp
-#: `tools/server/server-chat.cpp`), beside ``system``, ``messages`` and ``tools``.
-_PASSED_ON: Final = (
-    "tool_choice",
-    "stop_sequences",
-    "max_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "chat_template_kwargs",
-    "thinking",
-)
+#: Marks of reminders that change with every commit or session (docs/protocol.md).
+_OF_THIS_SESSION: Final = ("gitStatus",)
+
+#: What llama-server's ``/v1/messages`` takes over from a body as it is (llama.cpp
+#: `tools/server/server-chat.cpp`).
+_PASSED_ON: Final = ("stop_sequences", "max_tokens", "temperature", "top_p", "top_k")
 
 
-def prepare(request: MessagesRequest) -> dict[str, Json]:
+def prepare(request: MessagesRequest, template: Template) -> dict[str, Json]:
     """
-    The body that llama-server gets for `request`.
+    The body that a llama-server with `template` gets for `request`.
 
     The request's own body is not changed.  ``model`` and ``stream`` are not in it: the one means
     nothing to llama-server, the other is for who sends it.
+
+    Raises:
+        ApiError: 400, nobody here can do what is asked for.
     """
     body: dict[str, Json] = {}
-    leading, messages = _messages(request)
-    system = [text for text in request.system if not text.startswith(_ATTRIBUTION)] + leading
+    system, messages = _messages(request, template)
     if system:
         body["system"] = "\n\n".join(system)
     body["messages"] = messages
-    if request.tools:
-        body["tools"] = [_without_marks(tool) for tool in request.tools]
+    offered, choice = tools.offered(request)
+    if offered:
+        body["tools"] = offered
+        if choice is not None:
+            body["tool_choice"] = choice
     for name in _PASSED_ON:
         if request.body.get(name) is not None:
             body[name] = request.body[name]
-    if request.schema is not None and not request.tools:
-        # The schema leaves no room to think.
-        given = body.get("chat_template_kwargs") or {}
-        body["chat_template_kwargs"] = {**given, "enable_thinking": False}
+    thinking = request.body.get("thinking") or {}
+    if thinking.get("type") == "enabled":
+        body["thinking"] = thinking  # its budget is all that llama-server reads
+    switches = templates.switches(request, template)
+    if switches:
+        body["chat_template_kwargs"] = switches
     return body
 
 
-def _messages(request: MessagesRequest) -> tuple[list[str], list[Json]]:
-    """The conversation, and the ``system`` texts that stand before its first turn."""
-    leading: list[str] = []
+def _messages(request: MessagesRequest, template: Template) -> tuple[list[str], list[Json]]:
+    """The system texts, those before the first turn included, and the conversation."""
+    system = [text for text in request.system if not text.startswith(_ATTRIBUTION)]
+    said = deque(
+        (message["role"], told(message["content"], template)) for message in request.messages
+    )
+    while said[0][0] == "system":
+        system.append(_joined(said.popleft()[1]))
     turns: list[Json] = []
-    for message in request.messages:
-        blocks = _blocks(message["content"])
-        if message["role"] == "system":
-            text = "\n\n".join(block["text"] for block in blocks if block["type"] == "text")
-            if turns:
-                _remind(turns, text)
-            else:
-                leading.append(text)
-        elif message["role"] == "user":
+    if said[0][0] == "user" and not _results(said[0][1]):
+        _, blocks = said.popleft()
+        places = []
+        while said and said[0][0] == "system":
+            places.append(_reminder(_joined(said.popleft()[1])))
+        turns.append({"role": "user", "content": _opening(blocks, places)})
+    for role, blocks in said:
+        if role == "system":
+            _remind(turns, _reminder(_joined(blocks)))
+        elif role == "user":
             turns.extend(_user_turns(blocks))
         else:
             turns.append({"role": "assistant", "content": blocks})
-    return leading, turns
+    return system, turns
 
 
-def _blocks(content: str | list[Json]) -> list[Json]:
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    return [_without_marks(block) for block in content]
-
-
-def _without_marks(block: Mapping[str, Json]) -> dict[str, Json]:
-    """A block without ``cache_control``, inside a tool result too."""
-    clean = {key: value for key, value in block.items() if key != "cache_control"}
-    if clean.get("type") == "tool_result":
-        clean["content"] = _blocks(clean.get("content") or [])
-    return clean
+def _opening(blocks: list[Json], places: list[str]) -> list[Json]:
+    """The blocks of the first turn and what `places` say beside it, in the order of rule 8."""
+    reminders = [block for block in blocks if _is_reminder(block)]
+    if not reminders and not places:
+        return blocks
+    reminders.sort(key=_is_of_this_session)
+    words = [block for block in blocks if not _is_reminder(block)]
+    first, *others = [*map(_text, places), *reminders, *words]
+    return [
+        first,
+        *(_apart(block["text"]) if block["type"] == "text" else block for block in others),
+    ]
 
 
 def _user_turns(blocks: list[Json]) -> list[Json]:
     """A user message as one turn, or as the tool results first and the user's own words after."""
-    results = [block for block in blocks if block["type"] == "tool_result"]
+    results = _results(blocks)
     if not results:
         return [{"role": "user", "content": blocks}]
     words: list[Json] = []
     for block in blocks:
-        if block["type"] == "tool_result":
-            continue
-        if block["type"] == "text" and block["text"].lstrip().startswith(_REMINDER):
+        if _is_reminder(block):
             results[-1]["content"].append(_apart(block["text"]))
-        else:
+        elif block["type"] != "tool_result":
             words.append(block)
     turns = [{"role": "user", "content": results}]
     if words:
@@ -121,21 +136,51 @@ def _user_turns(blocks: list[Json]) -> list[Json]:
     return turns
 
 
-def _remind(turns: list[Json], text: str) -> None:
+def _remind(turns: list[Json], reminder: str) -> None:
     """Put a reminder to the end of the last user turn, opening one where there is none."""
-    if not text.lstrip().startswith(_REMINDER):
-        text = f"{_REMINDER}\n{text}\n</system-reminder>"
-    if turns[-1]["role"] != "user":
-        turns.append({"role": "user", "content": [{"type": "text", "text": text}]})
+    if not turns or turns[-1]["role"] != "user":
+        turns.append({"role": "user", "content": [_text(reminder)]})
         return
     content = turns[-1]["content"]
     last = content[-1] if content else None
     if last is not None and last["type"] == "tool_result":
-        last["content"].append(_apart(text))
+        last["content"].append(_apart(reminder))
     else:
-        content.append(_apart(text))
+        content.append(_apart(reminder))
+
+
+# --- blocks ---------------------------------------------------------------------------------------
+
+
+def _results(blocks: Sequence[Json]) -> list[Json]:
+    return [block for block in blocks if block["type"] == "tool_result"]
+
+
+def _is_reminder(block: Mapping[str, Json]) -> bool:
+    return block["type"] == "text" and str(block["text"]).lstrip().startswith(_REMINDER)
+
+
+def _is_of_this_session(reminder: Json) -> bool:
+    """Whether a reminder says what the next session in the same folder will not say."""
+    text: str = reminder["text"]
+    return any(mark in text for mark in _OF_THIS_SESSION)
+
+
+def _joined(blocks: Sequence[Json]) -> str:
+    return "\n\n".join(block["text"] for block in blocks if block["type"] == "text")
+
+
+def _reminder(text: str) -> str:
+    """A `system` text as a reminder, unless it says already that it is one."""
+    if text.lstrip().startswith(_REMINDER):
+        return text
+    return f"{_REMINDER}\n{text}\n</system-reminder>"
+
+
+def _text(text: str) -> Json:
+    return {"type": "text", "text": text}
 
 
 def _apart(text: str) -> Json:
     """A text block that does not run into what stands before it."""
-    return {"type": "text", "text": f"\n\n{text}"}
+    return _text(f"\n\n{text}")

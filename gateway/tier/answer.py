@@ -1,9 +1,9 @@
 """
 One answer on its way to one client.
 
-An answer is asked for in one way (`from_model`, `under_schema`) and told in another: as a stream
-(`Streamed`) or as one JSON message (`Whole`).  The permit is taken before the server hears of the
-call and given back by what became of it: finished, or abandoned.
+An answer is asked for in one way (`from_model`, `under_schema`, `words_under_schema`) and told in
+another: as a stream (`Streamed`) or as one JSON message (`Whole`).  The permit is taken before the
+server hears of the call and given back by what became of it: finished, or abandoned.
 
 Once the status is sent, errors go into the stream.  Claude Code sends a call again, streaming, when
 it reads ``overloaded_error`` before any content or when the connection is cut after some; any other
@@ -101,7 +101,7 @@ async def from_model(
         repair: mends the stream, and knows the usage afterwards.
         teller: tells it.
         background: give way to calls that somebody waits for.
-        started: called when the call's turn has come.
+        started: called when the call's turn has come; may raise ApiError.
 
     Raises:
         ApiError: refused, or failed on the way.
@@ -110,19 +110,21 @@ async def from_model(
     """
     permit = await tier.line.join(background)
     try:
-        started()
         try:
+            started()
             answer = await tier.client.messages(body)
         except ApiError:
             permit.finished()
             raise
         teller.commit()
+        watch = tier.pace.watch(body)
         parser = SSEParser()
 
         def receive(chunk: bytes) -> None:
             told: list[Event] = []
             try:
                 for event in parser.feed(chunk):
+                    watch.token()
                     told += repair.feed(event)
             except EventTooLong as error:
                 raise ApiError("api_error", f"The model server sent {error}.") from None
@@ -138,6 +140,7 @@ async def from_model(
         with suppress(ApiError):  # the answer is whole, whatever it cost
             repair.usage.input = await tier.counter.count(body)
     teller.tell(repair.end())
+    watch.ended(repair.usage)
 
 
 async def under_schema(
@@ -154,8 +157,8 @@ async def under_schema(
     """As `from_model`, for an answer of at most `tokens` that must fit `schema`."""
     permit = await tier.line.join(background)
     try:
-        started()
         try:
+            started()
             completion = await constrained.complete(tier.client, body, schema, tokens)
         except ApiError:
             permit.finished()
@@ -165,7 +168,8 @@ async def under_schema(
         permit.abandon()
     usage = repair.usage
     usage.input, usage.cached = completion.evaluated, completion.cached
-    usage.output = completion.generated
+    usage.output += completion.generated
+    tier.pace.learn(body, usage, completion.prefill, completion.generation)
     message = {
         "id": repair.message_id,
         "type": "message",
@@ -177,6 +181,36 @@ async def under_schema(
         "usage": usage.as_json(),
     }
     teller.tell(message_events(message))
+
+
+async def words_under_schema(
+    tier: Tier,
+    body: Mapping[str, Json],
+    schema: Mapping[str, Json],
+    repair: Repair,
+    teller: Teller,
+    *,
+    tokens: int,
+    background: bool,
+    started: Callable[[], None],
+) -> None:
+    """
+    As `under_schema`, for an answer that may call tools instead.
+
+    The model answers freely first.  What it says is kept until it is known to be a call, or words
+    that fit; words that do not fit are asked for again under the schema, behind the same prompt.
+    """
+    free = Kept(teller)
+    how: Any = {"background": background, "started": started}
+    await from_model(tier, body, repair, free, **how)
+    message = free.message()
+    words = "".join(block["text"] for block in message["content"] if block["type"] == "text")
+    if message["stop_reason"] == "tool_use" or constrained.fits(constrained.usable(schema), words):
+        teller.tell(free.events)
+        return
+    told = {**(body.get("chat_template_kwargs") or {}), "enable_thinking": False}
+    bound = {**body, "chat_template_kwargs": told}
+    await under_schema(tier, bound, schema, repair, teller, tokens=tokens, **how)
 
 
 # --- how it is told ---------------------------------------------------------------------------
@@ -198,6 +232,27 @@ class Whole:
     def message(self) -> Mapping[str, Json]:
         """The message that was told."""
         return self._assembly.message()
+
+
+@attrs.define(eq=False)
+class Kept(Whole):
+    """
+    All of it kept for somebody who will decide; only that it has begun is told.
+
+    Attributes:
+        events: what was told so far.
+    """
+
+    _teller: Teller
+    events: list[Event] = attrs.field(factory=list, init=False)
+
+    def commit(self) -> None:
+        self._teller.commit()
+
+    def tell(self, events: Iterable[Event]) -> None:
+        told = list(events)
+        self.events += told
+        super().tell(told)
 
 
 @attrs.define(eq=False)

@@ -1,7 +1,8 @@
-"""What is known of one model that calls are sent to: its server, its line, its window."""
+"""What is known of one model that calls are sent to: its server, line, window, template, pace."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -11,14 +12,20 @@ from twisted.logger import Logger
 
 from gateway.config import Tier as Wanted
 from gateway.llama.client import LlamaClient, Props
+from gateway.policy import template as templates
+from gateway.policy.template import Template
 from gateway.tier.count import Counter
 from gateway.tier.line import Line
+from gateway.tier.pace import Pace
 from gateway.wire.errors import ApiError
 
 Json = Any
 
 #: Seconds for which a server's word about itself is taken; it may be restarted with another model.
 _FRESH: Final = 30.0
+
+#: Conversations whose first switches are remembered.
+_REMEMBERED: Final = 1024
 
 log = Logger()
 
@@ -34,6 +41,7 @@ class Tier:
         client: its server.
         line: where its calls wait.
         counter: counts its tokens.
+        pace: how fast it is.
     """
 
     name: str
@@ -41,15 +49,18 @@ class Tier:
     client: LlamaClient
     line: Line
     counter: Counter
+    pace: Pace
     _reactor: IReactorTime
     _props: Props | None = attrs.field(default=None, init=False)
+    _rewrites: tuple[str, ...] = attrs.field(default=(), init=False)
+    _first: OrderedDict[str, Mapping[str, Json]] = attrs.field(factory=OrderedDict, init=False)
     _asked_at: float = attrs.field(default=0.0, init=False)
 
     @classmethod
     def of(cls, name: str, wanted: Wanted, client: LlamaClient, reactor: IReactorTime) -> Tier:
         """The tier that the configuration wants, in front of `client`."""
         line = Line(wanted.slots, wanted.max_waiting, client.busy_slots, reactor)
-        return cls(name, wanted, client, line, Counter(client), reactor)
+        return cls(name, wanted, client, line, Counter(client), Pace(reactor.seconds), reactor)
 
     async def props(self) -> Props:
         """
@@ -67,13 +78,41 @@ class Tier:
                 self._props = None
                 raise
             if found != self._props:
-                self._meet(found)
+                await self._meet(found)
             self._props = found
         return self._props
 
-    def _meet(self, found: Props) -> None:
+    async def template(self) -> Template:
+        """
+        The chat template of the server.
+
+        Raises:
+            ApiError: the server is down or loading.
+        """
+        props = await self.props()
+        return attrs.evolve(props.template, rewrites=self._rewrites)
+
+    def keep(self, conversation: str, told: Mapping[str, Json]) -> Mapping[str, Json]:
+        """
+        What the template is to be told in this conversation, where `told` is wanted now.
+
+        Switches that would rewrite earlier turns keep the value that they had first.
+        """
+        if not self._rewrites:
+            return told
+        first = self._first.setdefault(conversation, told)
+        self._first.move_to_end(conversation)
+        if len(self._first) > _REMEMBERED:
+            self._first.popitem(last=False)
+        free = {name: value for name, value in told.items() if name not in self._rewrites}
+        return free | {name: first[name] for name in self._rewrites if name in first}
+
+    async def _meet(self, found: Props) -> None:
         """The server is a new one to us."""
         self.counter.forget()
+        self.pace.forget()
+        self._first.clear()
+        self._rewrites = await self._find_rewrites(found.template)
         log.info(
             "tier {tier}: {alias}, {slots} slot(s) of {n_ctx} tokens, build {build}",
             tier=self.name,
@@ -88,6 +127,22 @@ class Tier:
                 slots=found.slots,
             )
 
+    async def _find_rewrites(self, template: Template) -> tuple[str, ...]:
+        """Those switches of a template that change what was said before."""
+        found = []
+        for switch in template.in_question:
+            try:
+                renderings = [
+                    await self.client.apply_template(templates.probe(switch, which))
+                    for which in (0, 1)
+                ]
+            except ApiError as error:
+                log.debug("cannot render with {switch}: {error}", switch=switch, error=error)
+                continue
+            if templates.rewrites(*renderings):
+                found.append(switch)
+        return tuple(found)
+
     def status(self) -> Mapping[str, Json]:
         """For ``/status``: what was last known, asked of nobody."""
         known = None if self._props is None else attrs.asdict(self._props)
@@ -98,4 +153,5 @@ class Tier:
             "running": self.line.running,
             "settling": self.line.settling,
             "waiting": self.line.waiting,
+            "pace": self.pace.status(),
         }

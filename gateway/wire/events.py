@@ -116,16 +116,19 @@ class Repair:
         message_id: the ``msg_`` id of the answer.
         model: the client's own name for the model.
         tier: where it comes from, for the wording of errors.
+        one_call: whether all tool calls after the first are left out, for a client that said so.
     """
 
     message_id: str
     model: str
     tier: str
+    one_call: bool = False
     usage: Usage = attrs.field(factory=Usage, init=False)
     _started: bool = attrs.field(default=False, init=False)
     _block: _Block | None = attrs.field(default=None, init=False)
     _next_index: int = attrs.field(default=0, init=False)
     _has_tool_use: bool = attrs.field(default=False, init=False)
+    _left_out: set[int] = attrs.field(factory=set, init=False)
     _ending: Mapping[str, Json] | None = attrs.field(default=None, init=False)
 
     @property
@@ -215,6 +218,9 @@ class Repair:
         now = self._block
         if now and (now.there, now.kind, now.id) == (there, kind, identity):
             return []  # opened twice
+        if kind == "tool_use" and self.one_call and self._has_tool_use:
+            self._left_out.add(there)
+            return self._close()
         return self._open(there, block)
 
     def _open(self, there: int, block: Mapping[str, Json]) -> list[Event]:
@@ -233,6 +239,8 @@ class Repair:
 
     def _delta(self, body: Mapping[str, Json], raw: bytes) -> list[Event]:
         there, delta = body["index"], body["delta"]
+        if there in self._left_out:
+            return []
         kind = _KIND_OF_DELTA.get(delta["type"])
         now = self._block
         if now is not None and now.there == there and kind in (now.kind, None):

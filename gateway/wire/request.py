@@ -77,6 +77,16 @@ class MessagesRequest:
             return None
         return wanted["schema"]  # type: ignore[no-any-return]  # checked by parse()
 
+    @property
+    def is_bound(self) -> bool:
+        """Whether the whole answer must fit a schema; beside tools only its last words must."""
+        return self.schema is not None and not self.tools
+
+    def without_tools(self) -> MessagesRequest:
+        """The same request, as one that can be answered in words alone."""
+        body = {key: self.body[key] for key in self.body if key not in ("tools", "tool_choice")}
+        return attrs.evolve(self, body=body)
+
 
 def parse(raw: bytes, *, counting: bool = False) -> MessagesRequest:
     """
@@ -214,22 +224,49 @@ _image_block = _fields(
         )
     }
 )
+_document_block = _fields(
+    {
+        "source": _by_type(
+            {
+                "text": _fields({"data": _is(str)}),
+                "content": _fields(
+                    {
+                        "content": _text_or(
+                            _each(_by_type({"text": _text_block, "image": _image_block}))
+                        )
+                    }
+                ),
+            }
+        )
+    },
+    {"title": _is(str), "context": _is(str)},
+)
+_search_result_block = _fields(
+    {"title": _is(str), "source": _is(str), "content": _each(_by_type({"text": _text_block}))}
+)
+_reference_block = _fields({"tool_name": _filled})
+_change_block = _fields({"tool": _fields({"name": _filled})})
+_SHOWN: Final = {
+    "text": _text_block,
+    "image": _image_block,
+    "document": _document_block,
+    "search_result": _search_result_block,
+    "tool_reference": _reference_block,
+}
 _result_block = _fields(
     {"tool_use_id": _filled},
-    {
-        "content": _text_or(_each(_by_type({"text": _text_block, "image": _image_block}))),
-        "is_error": _is(bool),
-    },
+    {"content": _text_or(_each(_by_type(_SHOWN))), "is_error": _is(bool)},
 )
 _content = _text_or(
     _each(
         _by_type(
             {
-                "text": _text_block,
-                "image": _image_block,
+                **_SHOWN,
                 "thinking": _fields({"thinking": _is(str)}),
                 "tool_use": _fields({"id": _filled, "name": _filled, "input": _is(dict)}),
                 "tool_result": _result_block,
+                "tool_addition": _change_block,
+                "tool_removal": _change_block,
             }
         )
     )
@@ -242,13 +279,17 @@ def _system_block(value: Json, path: str) -> None:
 
 
 def _tool(value: Json, path: str) -> None:
-    _fields({"name": _filled}, {"type": _filled, "description": _is(str)})(value, path)
+    _fields(
+        {"name": _filled}, {"type": _filled, "description": _is(str), "defer_loading": _is(bool)}
+    )(value, path)
     if value.get("type", "custom") == "custom":
         _fields({"input_schema": _is(dict)})(value, path)
 
 
 def _tool_choice(value: Json, path: str) -> None:
-    _fields({"type": _one_of("auto", "any", "tool", "none")})(value, path)
+    _fields(
+        {"type": _one_of("auto", "any", "tool", "none")}, {"disable_parallel_tool_use": _is(bool)}
+    )(value, path)
     if value["type"] == "tool":
         _fields({"name": _filled})(value, path)
 

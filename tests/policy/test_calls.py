@@ -7,7 +7,7 @@ from typing import Any
 import orjson
 import pytest
 
-from gateway.policy.calls import HOUSEKEEPING, KINDS, Call, understand
+from gateway.policy.calls import HOUSEKEEPING, KINDS, MARKS, Call, understand
 from gateway.wire.request import parse
 from tests.house import CLAUDE_CODE, turn
 
@@ -23,6 +23,19 @@ def schema(*names: str) -> Json:
     properties = {name: {"type": "string"} for name in names}
     wanted = {"type": "object", "properties": properties}
     return {"output_config": {"format": {"type": "json_schema", "schema": wanted}}}
+
+
+def says(words: str) -> Json:
+    """A request with these words in its system prompt, behind other blocks."""
+    texts = ("x-anthropic-billing-header: x", words)
+    return {"system": [{"type": "text", "text": text} for text in texts]}
+
+
+def asks(words: str) -> Json:
+    """A request whose last turn says something else first, then these words."""
+    blocks = [{"type": "text", "text": text} for text in ("Something else.", words)]
+    last = {"role": "system", "content": "Today is Sunday."}
+    return {"messages": [*turn()["messages"], {"role": "user", "content": blocks}, last]}
 
 
 def call(headers: dict[str, str], **more: Json) -> Call:
@@ -42,6 +55,27 @@ def call(headers: dict[str, str], **more: Json) -> Call:
         (schema(), {}, "other"),
         ({"output_config": {"format": {"type": "json_schema", "schema": {}}}}, {}, "other"),
         (schema("title") | {"tools": [TOOL]}, {}, "turn"),
+        (schema("ok", "reason") | {"tools": [TOOL]}, {}, "turn"),
+        (
+            schema("ok", "reason") | {"tools": [TOOL]} | says("You are evaluating a hook"),
+            {},
+            "hook",
+        ),
+        ({"stop_sequences": ["</block>"]}, {}, "classifier"),
+        ({"stop_sequences": ["</block>"], "tools": [TOOL]}, {}, "turn"),
+        (says("You are a security monitor for agents"), {}, "classifier"),
+        ({"max_tokens": 1}, {}, "probe"),
+        ({"max_tokens": 1, "tools": [TOOL]}, {}, "turn"),
+        ({"max_tokens": 2}, {}, "turn"),
+        (asks("\nWeb page content:\n---\n"), {}, "fetch"),
+        (asks("What is a Web page content:"), {}, "turn"),
+        (asks("CRITICAL: Respond with TEXT ONLY. Do"), {}, "compaction"),
+        (asks("CRITICAL: Respond with TEXT ONLY. Do") | {"tools": [TOOL]}, AGENT, "compaction"),
+        (says("You are tasked with summarizing conversations."), {}, "compaction"),
+        (asks("The user stepped away and is coming back."), {}, "recap"),
+        (asks("[SUGGESTION MODE: Suggest"), {}, "suggestion"),
+        (says("You are an agent for Claude Code, Anthropic's official CLI"), {}, "subagent"),
+        (says("You are Claude Code, Anthropic's official CLI for Claude."), {}, "turn"),
         (schema("title") | {"tools": []}, {}, "title"),
         (HAIKU, {}, "other"),
         (HAIKU | {"tools": []}, {}, "other"),
@@ -61,7 +95,19 @@ def test_calls_of_claude_code(more: Json, headers: dict[str, str], kind: str) ->
     assert found.from_claude_code
 
 
-@pytest.mark.parametrize("more", [schema("title"), schema("ok"), HAIKU, {"max_tokens": 1}])
+@pytest.mark.parametrize(
+    "more",
+    [
+        schema("title"),
+        schema("ok"),
+        HAIKU,
+        {"max_tokens": 1},
+        {"stop_sequences": ["</block>"]},
+        asks("Web page content:"),
+        asks("CRITICAL: Respond with TEXT ONLY"),
+        says("You are a security monitor"),
+    ],
+)
 @pytest.mark.parametrize(
     "headers",
     [{}, AGENT, {"user-agent": "anthropic-sdk-python 1.0"}, {"user-agent": "my-claude-cli/"}],
@@ -84,6 +130,39 @@ def test_session_and_agent_are_kept() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_housekeeping(kind: Any) -> None:
-    """Turns and subagents are work; titles, hooks and the rest are not."""
-    assert Call(kind, "").is_housekeeping == (kind not in ("turn", "subagent"))
+    """Titles, hooks, page summaries and probes are; all else is somebody's work."""
+    assert Call(kind, "").is_housekeeping == (kind in ("title", "hook", "fetch", "probe"))
     assert set(KINDS) >= HOUSEKEEPING
+
+
+def conversation(headers: dict[str, str], **more: Json) -> str:
+    return call(headers, **more).conversation
+
+
+def test_a_conversation_is_the_clients_session_and_agent() -> None:
+    """Two subagents of one session are two conversations."""
+    session = CLAUDE_CODE | {"x-claude-code-session-id": "session-1"}
+    first = conversation(session)
+    assert first == conversation(session, system="else", metadata={"user_id": "x"})
+    assert first != conversation(session | AGENT)
+    assert first != conversation(CLAUDE_CODE | {"x-claude-code-session-id": "session-2"})
+
+
+def test_without_a_session_it_is_the_user_and_how_it_begins() -> None:
+    """A later turn belongs to it in either shape of content; another beginning or user does not."""
+    opening, mark = turn("hi")["messages"], {"cache_control": {"type": "ephemeral"}}
+    reshaped = [{"role": "user", "content": [{"type": "text", "text": "hi", **mark}]}]
+    answer = [{"role": "assistant", "content": "yes"}, {"role": "user", "content": "more"}]
+    first = conversation({}, metadata={"user_id": "me"})
+    assert first == conversation({}, metadata={"user_id": "me"}, messages=reshaped + answer)
+    assert first != conversation({}, metadata={"user_id": "you"}, messages=opening)
+    assert first != conversation({}, metadata={"user_id": "me"}, messages=turn("ho")["messages"])
+    assert conversation({}) == conversation({}, messages=opening + answer)
+
+
+def test_every_mark_says_where_it_was_seen() -> None:
+    """Each row of the table names its kind, its mark in words, and versions of the client."""
+    for mark in MARKS:
+        assert mark.kind in KINDS
+        assert mark.why
+        assert mark.seen

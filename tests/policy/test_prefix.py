@@ -7,23 +7,26 @@ from typing import Any
 
 import attrs
 import orjson
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.policy.prefix import prepare
+from gateway.policy.template import Template
 from gateway.wire import chat
 from gateway.wire.request import parse
 from tests.house import turn
 
 Json = Any
 
+EYES = Template(vision=True)
 MARK = {"cache_control": {"type": "ephemeral"}}
 ATTRIBUTION = "x-anthropic-billing-header: cc_version=2.1.330.839; cc_entrypoint=cli;"
 REMINDER = "<system-reminder>\nToday is Sunday.\n</system-reminder>"
 
 
 def prepared(**more: Json) -> dict[str, Json]:
-    return prepare(parse(orjson.dumps(turn() | more)))
+    return prepare(parse(orjson.dumps(turn() | more)), EYES)
 
 
 def text(words: str, **more: Json) -> Json:
@@ -56,6 +59,11 @@ def conversation(*messages: Json) -> list[Json]:
     return found
 
 
+def later(*messages: Json) -> list[Json]:
+    """These messages as what comes after a first turn and its answer."""
+    return conversation(user(text("first")), assistant(text("y")), *messages)[2:]
+
+
 # --- the rules, by their numbers --------------------------------------------------------------
 
 
@@ -81,7 +89,9 @@ def test_2_cache_control_is_dropped() -> None:
         ],
     )
     assert b"cache_control" not in orjson.dumps(body)
-    assert body["tools"] == [{"name": "Bash", "input_schema": {"type": "object"}}]
+    assert body["tools"] == [
+        {"name": "Bash", "description": "", "input_schema": {"type": "object"}}
+    ]
     assert body["messages"][2] == user(result(text("done")))
 
 
@@ -113,27 +123,27 @@ def test_4_a_result_without_content_has_an_empty_list() -> None:
 
 def test_5_a_reminder_belongs_to_the_turn_before_it() -> None:
     """A `system` message is appended to the user's words, apart from them."""
-    assert conversation(user(text("x")), system("Today is Sunday.")) == [
+    assert later(user(text("x")), system("Today is Sunday.")) == [
         user(text("x"), text(f"\n\n{REMINDER}"))
     ]
 
 
 def test_5_a_reminder_that_is_marked_is_not_marked_again() -> None:
     """What says already that it is a reminder stays as it is."""
-    assert conversation(user(text("x")), system([text(REMINDER, **MARK)])) == [
+    assert later(user(text("x")), system([text(REMINDER, **MARK)])) == [
         user(text("x"), text(f"\n\n{REMINDER}"))
     ]
 
 
 def test_5_several_blocks_are_one_reminder() -> None:
     """The blocks of a `system` message are joined as those of the system prompt are."""
-    (message,) = conversation(user(text("x")), system([text("a"), text("b")]))
+    (message,) = later(user(text("x")), system([text("a"), text("b")]))
     assert message["content"][1:] == [text("\n\n<system-reminder>\na\n\nb\n</system-reminder>")]
 
 
 def test_5_several_reminders_keep_their_order() -> None:
     """Each is appended after the one before."""
-    (message,) = conversation(user(text("x")), system("a"), system("b"))
+    (message,) = later(user(text("x")), system("a"), system("b"))
     assert [block["text"].split("\n")[3:4] for block in message["content"][1:]] == [["a"], ["b"]]
 
 
@@ -186,9 +196,9 @@ def test_6_reminders_beside_results_belong_to_the_last_one() -> None:
 
 
 def test_6_without_results_reminders_stay_where_they_are() -> None:
-    """An opening turn is not taken apart."""
+    """A later turn of words is not taken apart."""
     blocks = [text(REMINDER), text("x"), text(REMINDER)]
-    assert conversation(user(*blocks)) == [user(*blocks)]
+    assert later(user(*blocks)) == [user(*blocks)]
 
 
 def test_7_the_users_own_words_come_after_the_results() -> None:
@@ -210,12 +220,57 @@ def test_7_a_reminder_after_such_words_belongs_to_them() -> None:
     assert len(found[1]["content"]) == 2
 
 
+def test_8_the_opening_turn_goes_from_what_lasts_to_what_changes() -> None:
+    """The place and its agents, reminders, those of the session, the user's words; each apart."""
+    git = "<system-reminder>\ngitStatus: clean\n</system-reminder>"
+    (opening,) = conversation(
+        user(text("x"), text(git), text(REMINDER)), system("# Environment"), system("Agents")
+    )
+    place, agents = (
+        f"<system-reminder>\n{t}\n</system-reminder>" for t in ("# Environment", "Agents")
+    )
+    assert opening == user(
+        text(place),
+        text(f"\n\n{agents}"),
+        text(f"\n\n{REMINDER}"),
+        text(f"\n\n{git}"),
+        text("\n\nx"),
+    )
+
+
+def test_8_two_sessions_in_one_folder_part_at_the_users_words() -> None:
+    """All that both sessions are told about the place comes before the first difference."""
+    first, second = (
+        conversation(user(text(REMINDER), text(words)), system("# Environment"))[0]["content"]
+        for words in ("Mend the login.", "Write a test.")
+    )
+    assert first[:-1] == second[:-1]
+    assert first[-1] != second[-1]
+
+
+def test_8_words_alone_stay_as_they_are() -> None:
+    """An opening turn without reminders is not touched."""
+    image = {"type": "image", "source": {"type": "url", "url": "http://127.0.0.1/a.png"}}
+    assert conversation(user(text("a"), image, text("b"))) == [user(text("a"), image, text("b"))]
+    assert conversation(user(image, text(REMINDER))) == [user(text(REMINDER), image)]
+
+
+def test_8_an_opening_turn_of_results_is_no_opening() -> None:
+    """A conversation that begins with tool results keeps to the rules of a loop."""
+    found = conversation(user(result(text("1")), text(REMINDER)), system("a"))
+    (message,) = found
+    assert len(message["content"]) == 1
+    assert len(message["content"][0]["content"]) == 3
+
+
 # --- what else is in the body -----------------------------------------------------------------
 
 
 def test_only_what_llama_server_takes_is_sent() -> None:
     """Everything else would be dropped there, or means something else."""
+    tools = [{"name": "Bash", "description": "", "input_schema": {}}]
     kept = {
+        "tools": tools,
         "tool_choice": {"type": "auto"},
         "stop_sequences": ["x"],
         "max_tokens": 7,
@@ -223,7 +278,7 @@ def test_only_what_llama_server_takes_is_sent() -> None:
         "top_p": 0.5,
         "top_k": 5,
         "chat_template_kwargs": {"a": 1},
-        "thinking": {"type": "disabled"},
+        "thinking": {"type": "enabled", "budget_tokens": 5},
     }
     dropped = {
         "stream": True,
@@ -240,24 +295,20 @@ def test_only_what_llama_server_takes_is_sent() -> None:
     assert body == {**kept, "messages": [user(text("hi"))]}
 
 
+@pytest.mark.parametrize("thinking", [{"type": "adaptive"}, {"type": "disabled"}])
+def test_only_a_budget_is_told_as_thinking(thinking: Json) -> None:
+    """llama-server reads nothing else there; the template is told the rest."""
+    assert prepared(thinking=thinking) == prepared()
+
+
 def test_null_is_not_sent() -> None:
     """A field that is null is one that is not there."""
     assert prepared(temperature=None, tool_choice=None, tools=None, system=None) == prepared()
 
 
-def test_an_answer_under_a_schema_does_not_think() -> None:
-    """The schema leaves no room for it; what else the template is told stays."""
-    wanted = {"format": {"type": "json_schema", "schema": {"type": "object"}}}
-    body = prepared(output_config=wanted, chat_template_kwargs={"a": 1})
-    assert body["chat_template_kwargs"] == {"a": 1, "enable_thinking": False}
-    tool = {"name": "Bash", "input_schema": {}}
-    assert "chat_template_kwargs" not in prepared(output_config=wanted, tools=[tool])
-
-
-def test_blocks_that_nobody_knows_pass() -> None:
-    """Thinking, calls and blocks of the future are handed on as they came."""
-    blocks = [{"type": "thinking", "thinking": "a", "signature": ""}, call(), {"type": "some_day"}]
-    assert conversation(user(text("x")), assistant(*blocks))[1] == assistant(*blocks)
+def test_a_choice_without_tools_is_not_sent() -> None:
+    """There is nothing to choose from."""
+    assert prepared(tool_choice={"type": "none"}, tools=[]) == prepared()
 
 
 # --- the property -----------------------------------------------------------------------------
@@ -346,7 +397,7 @@ def test_a_later_request_only_adds_to_the_end(bodies: list[dict[str, Json]]) -> 
     """What was prepared for one turn is, message by message, the beginning of the next one's."""
     past: list[Json] = []
     for body in bodies:
-        now = prepare(parse(orjson.dumps(body)))
+        now = prepare(parse(orjson.dumps(body)), Template())
         assert now["system"] == "s\n\nt"
         assert now["messages"][: len(past)] == past
         assert len(now["messages"]) > len(past)
@@ -360,7 +411,7 @@ def test_nothing_is_left_for_llama_server_to_misplace(bodies: list[dict[str, Jso
     body = bodies[-1]
     request = parse(orjson.dumps(body))
     before = deepcopy(request.body)
-    now = prepare(request)
+    now = prepare(request, Template())
     assert request.body == before
     for message in now["messages"]:
         kinds = {block["type"] for block in message["content"]}

@@ -21,12 +21,49 @@ TURN, TITLE = Call("turn", "no mark"), Call("title", "a title")
         ("subagent", "main"),
         ("title", "small"),
         ("hook", "small"),
-        ("other", "small"),
+        ("fetch", "small"),
+        ("classifier", "main"),
+        ("compaction", "main"),
+        ("suggestion", "main"),
+        ("recap", "main"),
+        ("probe", "small"),
+        ("other", "main"),
     ],
 )
 def test_each_kind_has_a_default(kind: Any, tier: str) -> None:
     """Housekeeping goes to the small tier, everything else to the main one, and it says why."""
-    assert choose(Call(kind, "because"), "m", (), BOTH) == Route(tier, f"{kind}: because")
+    background = kind in ("suggestion", "recap")
+    expected = Route(tier, f"{kind}: because", background)
+    assert choose(Call(kind, "because"), "m", (), BOTH) == expected
+
+
+@pytest.mark.parametrize("model", ["claudegw-main", "claude-opus-5", "claudegw-small"])
+@pytest.mark.parametrize(
+    ("kind", "tier"),
+    [("title", "small"), ("hook", "small"), ("fetch", "small"), ("probe", "small")],
+)
+def test_housekeeping_is_known_by_what_it_is(kind: Any, tier: str, model: str) -> None:
+    """Today's client gives its side calls the main model's name; only a rule sends them there."""
+    ours = Call(kind, "because", from_claude_code=True)
+    assert choose(ours, model, (), BOTH).tier == tier
+    assert choose(ours, model, [RouteRule("main", kind=kind)], BOTH).tier == "main"
+
+
+@pytest.mark.parametrize("model", ["claudegw-small", "claude-haiku-4-5", "claude-sonnet-5"])
+def test_a_verdict_is_no_work_for_the_small_tier(model: str) -> None:
+    """A safety check goes to main whatever its name, unless a rule says otherwise."""
+    check = Call("classifier", "because", from_claude_code=True)
+    assert choose(check, model, (), BOTH).tier == "main"
+    assert choose(check, model, [RouteRule("small", kind="classifier")], BOTH).tier == "small"
+
+
+@pytest.mark.parametrize("kind", ["suggestion", "recap"])
+def test_what_nobody_waits_for_gives_way_wherever_it_goes(kind: Any) -> None:
+    """A rule or a name changes its tier; it stays in the background."""
+    ours = Call(kind, "because", from_claude_code=True)
+    assert choose(ours, "m", [RouteRule("x", model="m")], BOTH) == Route("x", "route 1", True)
+    assert choose(ours, "claude-haiku-4-5", (), BOTH).background
+    assert choose(ours, "claudegw-small", (), BOTH).background
 
 
 @pytest.mark.parametrize("kind", ["turn", "title"])
@@ -102,7 +139,7 @@ def test_claude_code_names_the_small_model(model: str, kind: Any) -> None:
 
 def test_a_tier_by_name_may_have_any_name() -> None:
     """Tiers beside main and small are reached by their names."""
-    assert choose(TITLE, "claudegw-huge", (), (*BOTH, "huge")) == Route(
+    assert choose(TURN, "claudegw-huge", (), (*BOTH, "huge")) == Route(
         "huge", "the tier's own name"
     )
 

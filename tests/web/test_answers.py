@@ -291,6 +291,7 @@ def test_a_title_comes_from_the_small_tier_under_its_schema() -> None:
     """A title call is answered by /completion with bounds in its schema."""
     house = Household.built()
     house.small.completions = ['{"title": "Fix login"}']
+    house.small.template = "{{ enable_thinking }}"
     browser = house.ask(title(), **CLAUDE_CODE)
     assert browser.status == 200
     assert browser.headers["x-claudegw-tier"] == "small"
@@ -406,6 +407,7 @@ def test_a_count_does_not_wait_in_line() -> None:
 def test_a_count_with_an_image_is_the_servers_own() -> None:
     """An image becomes tokens only inside the server."""
     house = Household.built()
+    house.main.vision = True
     source = {"type": "base64", "media_type": "image/png", "data": "AAAA"}
     body = turn() | {
         "messages": [{"role": "user", "content": [{"type": "image", "source": source}]}]
