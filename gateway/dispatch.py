@@ -128,8 +128,7 @@ class Dispatch:
         """
         with self.ledger.call(caller.request_id) as record:
             request = wire.parse(raw, counting=True)
-            call = calls.understand(request, headers)
-            route = routes.choose(call, request.model, self.rules, self.tiers.keys())
+            request, call, route = self._understand(request, headers)
             record.kind, record.model = "count", request.model
             tier, body, route = await self._place(request, call, route)
             record.tier, record.rule = route.tier, route.rule
@@ -140,6 +139,14 @@ class Dispatch:
 
     # --- the rooms on the way ---------------------------------------------------------------------
 
+    def _understand(
+        self, request: MessagesRequest, headers: Mapping[str, str]
+    ) -> tuple[MessagesRequest, Call, Route]:
+        call = calls.understand(request, headers)
+        if call.kind == "hook":  # an older client sends its tools along, and wants a verdict
+            request = request.without_tools()
+        return request, call, routes.choose(call, request.model, self.rules, self.tiers.keys())
+
     async def _prepare(
         self,
         request: MessagesRequest,
@@ -148,10 +155,7 @@ class Dispatch:
         record: Record,
     ) -> _Prepared:
         """Decide all that can be decided, and refuse what can be refused, before the line."""
-        call = calls.understand(request, headers)
-        if call.kind == "hook":
-            request = request.without_tools()
-        route = routes.choose(call, request.model, self.rules, self.tiers.keys())
+        request, call, route = self._understand(request, headers)
         self._note(record, request, call, route, caller)
         tier, body, route = await self._place(request, call, route)
         self._note(record, request, call, route, caller)

@@ -221,6 +221,7 @@ class Repair:
         if kind == "tool_use" and self.one_call and self._has_tool_use:
             self._left_out.add(there)
             return self._close()
+        self._left_out.discard(there)
         return self._open(there, block)
 
     def _open(self, there: int, block: Mapping[str, Json]) -> list[Event]:

