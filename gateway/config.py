@@ -144,6 +144,7 @@ class Gateway:
         hosts: names under which clients may address us, beside the loopback ones.
         body_limit: bytes that a request's body may have.
         grace: seconds that answers under way get to end when the service stops.
+        start_after: seconds after which a waiting stream is begun before the model begins it.
     """
 
     listen: str = attrs.field(
@@ -155,6 +156,7 @@ class Gateway:
     hosts: tuple[str, ...] = ()
     body_limit: int = attrs.field(default=32 * MIB, metadata=_between(1024))
     grace: float = attrs.field(default=30.0, metadata=_between(0, 3600))
+    start_after: float = attrs.field(default=500.0, metadata=_between(1, 590))
 
 
 @attrs.frozen
@@ -184,6 +186,8 @@ class Tier:
         slots: how many calls it gets at once.
         api_key: what the server wants to see, if anything.
         max_waiting: calls that may wait in its line.
+        ageing: seconds after which a waiting call goes before all others.
+        startup_patience: seconds for which calls wait for a server that is loading.
         answer_tokens: longest free-text answer to a housekeeping call, in tokens.
         schema_tokens: longest answer under a schema, in tokens.
         server: how to start it; None if somebody else does.
@@ -198,6 +202,8 @@ class Tier:
     slots: int = attrs.field(default=1, metadata=_between(1, 256))
     api_key: str | None = attrs.field(default=None, metadata=_filled, repr=False)
     max_waiting: int = attrs.field(default=64, metadata=_between(1, 100_000))
+    ageing: float = attrs.field(default=120.0, metadata=_between(0))
+    startup_patience: float = attrs.field(default=900.0, metadata=_between(0))
     answer_tokens: int = attrs.field(default=1024, metadata=_between(16))
     schema_tokens: int = attrs.field(default=512, metadata=_between(64))
     server: Server | None = None

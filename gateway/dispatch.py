@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from hashlib import blake2b
 from typing import Any, Final, Protocol
 from uuid import uuid4
 
@@ -19,15 +20,17 @@ from twisted.logger import Logger
 
 from gateway.config import RouteRule
 from gateway.ledger import Ledger, Record
-from gateway.policy import calls, patience, prefix, routes, tools
+from gateway.policy import calls, order, patience, prefix, routes, tools
 from gateway.policy.calls import Call
 from gateway.policy.routes import Route
 from gateway.tier import answer, constrained
-from gateway.tier.answer import Client
+from gateway.tier.answer import Client, Teller
+from gateway.tier.line import Ticket
 from gateway.tier.tier import Tier
 from gateway.wire import request as wire
 from gateway.wire.errors import prompt_too_long
 from gateway.wire.events import Repair
+from gateway.wire.pulse import Times
 from gateway.wire.request import MessagesRequest
 
 Json = Any
@@ -77,11 +80,13 @@ class Dispatch:
         tiers: all there are, by name.
         rules: the routes of the configuration.
         ledger: where each call is written down.
+        times: what keeps a waiting client alive, and when.
     """
 
     tiers: Mapping[str, Tier]
     rules: Sequence[RouteRule]
     ledger: Ledger
+    times: Times
     _reactor: IReactorTime
 
     async def message(self, raw: bytes, headers: Mapping[str, str], caller: Caller) -> bytes | None:
@@ -103,18 +108,22 @@ class Dispatch:
             request = wire.parse(raw)
             if request.schema is not None:
                 constrained.usable(request.schema)
-            ready = await self._prepare(request, headers, caller, record)
-            repair = Repair(
-                f"msg_{uuid4().hex}",
-                request.model,
-                ready.tier.name,
-                one_call=tools.takes_one_call(request),
-            )
+            one_call = tools.takes_one_call(request)
+            repair = Repair(f"msg_{uuid4().hex}", request.model, one_call=one_call)
             record.usage = repair.usage
-            ask = self._asking(ready, repair)
+
+            async def ask(teller: Teller) -> None:
+                ready = await self._prepare(request, headers, caller, record)
+                repair.tier = ready.tier.name
+                teller.ready(partial(ready.tier.counter.count, ready.body))
+                await self._asking(ready, repair)(teller)
+
             if not request.stream:
-                return await answer.whole(repair, ask)
-            failure = await answer.stream(caller, self._reactor, repair, caller.request_id, ask)
+                limit = patience.client_waits(headers)
+                return await answer.whole(self._reactor, repair, ask, limit)
+            failure = await answer.stream(
+                caller, self._reactor, self.times, repair, caller.request_id, ask
+            )
             if failure is not None:
                 record.outcome = f"broken: {failure.kind}"
             return None
@@ -164,7 +173,7 @@ class Dispatch:
         body["max_tokens"] = await self._room(body, tier)
         ready = _Prepared(request, call, route, tier, body, record)
         if call.kind == "classifier" and route.tier == routes.MAIN:
-            return attrs.evolve(ready, check=await self._in_time(ready))
+            return attrs.evolve(ready, check=await self._in_time(ready, headers))
         return ready
 
     def _note(
@@ -179,6 +188,7 @@ class Dispatch:
     ) -> tuple[Tier, dict[str, Json], Route]:
         """The tier, the body as its server gets it, and the route, which a small window changes."""
         tier = self.tiers[route.tier]
+        await tier.ready()
         body = await self._body(request, call, tier)
         if route.tier == routes.MAIN:
             return tier, body, route
@@ -188,6 +198,7 @@ class Dispatch:
         if _at_most(body) < room or (tokens := await tier.counter.count(body)) < room:
             return tier, body, route
         main = self.tiers[routes.MAIN]
+        await main.ready()
         route = routes.too_long_for_small(route, tokens, window)
         return main, await self._body(request, call, main), route
 
@@ -216,7 +227,7 @@ class Dispatch:
             raise prompt_too_long(tokens, window)
         return min(wanted, window - tokens)
 
-    async def _in_time(self, ready: _Prepared) -> Callable[[], None]:
+    async def _in_time(self, ready: _Prepared, headers: Mapping[str, str]) -> Callable[[], None]:
         """
         What refuses a safety check that its client would not wait for.
 
@@ -226,11 +237,12 @@ class Dispatch:
         pace, body, record = ready.tier.pace, ready.body, ready.record
         tokens = await ready.tier.counter.count(body)
         output = patience.verdict_tokens(body["max_tokens"])
+        limit = patience.client_waits(headers)
 
         def check() -> None:
             needed = pace.estimate(tokens, pace.seen(body), output)
             waited = self._reactor.seconds() - record.arrived
-            refusal = patience.refuse(tokens, needed, waited)
+            refusal = patience.refuse(tokens, needed, waited, limit)
             if refusal is not None:
                 log.warn("{id} classifier: {why}", id=record.id, why=refusal.message)
                 raise refusal
@@ -245,7 +257,7 @@ class Dispatch:
             self.ledger.started(ready.record)
             ready.check()
 
-        how: Any = {"background": ready.route.background, "started": started}
+        how: Any = {"ticket": _ticket(ready), "started": started}
         schema = ready.request.schema
         if schema is None:
             return partial(answer.from_model, ready.tier, ready.body, repair, **how)
@@ -259,6 +271,19 @@ class Dispatch:
 def _at_most(body: Mapping[str, Json]) -> int:
     """More tokens than the prompt can have: a token stands for at least one byte."""
     return len(orjson.dumps(body)) + _PREAMBLE + _EACH_TOOL * len(body.get("tools", ()))
+
+
+def _ticket(ready: _Prepared) -> Ticket:
+    """What the line is told of a call."""
+    call, body = ready.call, ready.body
+
+    def key() -> bytes:
+        # Not max_tokens: an older client that asks again without a stream asks for fewer.
+        prompt = {name: body[name] for name in body if name != "max_tokens"}
+        return blake2b(orjson.dumps([call.conversation, prompt]), digest_size=16).digest()
+
+    conversation = call.conversation if call.is_in_conversation else ""
+    return Ticket(order.rank(call, ready.route), conversation, key)
 
 
 def _is_bounded(call: Call, route: Route) -> bool:

@@ -34,6 +34,7 @@ from gateway.tier.tier import Tier
 from gateway.web.access import Access, QuietSite, site
 from gateway.web.api import Api
 from gateway.wire.errors import ApiError
+from gateway.wire.pulse import Times
 
 #: Seconds between two looks whether a server is up, by how often it was not.
 _PATIENCE: Final = backoffPolicy(initialDelay=0.5, maxDelay=30.0, factor=1.2)
@@ -118,7 +119,9 @@ class House(MultiService):
                 line = command(wanted, wanted.server, gateway.state_dir)
                 log_file = gateway.state_dir / f"{name}.log"
                 children.append(Child(name, line, wanted.server.env, log_file, reactor))
-        api = Api(Dispatch(tiers, config.route, Ledger(reactor), reactor), version("claudegw"))
+        times = Times(start=gateway.start_after)
+        dispatch = Dispatch(tiers, config.route, Ledger(reactor), times, reactor)
+        api = Api(dispatch, version("claudegw"))
         access = Access(gateway.token, gateway.hosts, gateway.body_limit)
         factory = site(api.app.resource(), access, reactor)
         door = strports.service(gateway.listen, factory, reactor)
@@ -131,7 +134,7 @@ class House(MultiService):
 
     def startService(self) -> None:
         for tier in self.api.dispatch.tiers.values():
-            tier.line.start()
+            tier.start()
         self._reactor.callWhenRunning(self._take_sigterm)
         super().startService()
         log.info(
@@ -169,7 +172,7 @@ class House(MultiService):
             self._announcing.cancel()
         await self._door.stopService()
         for tier in self.api.dispatch.tiers.values():
-            tier.line.stop()
+            tier.stop()
         await self.api.drain(self.config.gateway.grace, self._reactor)
         await self._site.hang_up(_LAST_BYTES, self._reactor)
         await gatherResults([child.stopService() for child in self._children])

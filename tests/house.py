@@ -30,6 +30,7 @@ from gateway.llama.client import LlamaClient
 from gateway.tier.tier import Tier
 from gateway.web.access import Access, site
 from gateway.web.api import Api
+from gateway.wire.pulse import Times
 
 CLAUDE_CODE = {"user-agent": "claude-cli/2.1.330 (external, cli)"}
 
@@ -329,8 +330,8 @@ class Household:
             client = LlamaClient.over(clock, name, url, None, HTTPClient(agent))
             config = TierConfig(url=url, slots=llama.slots, **tier)
             tiers[name] = Tier.of(name, config, client, clock)
-            tiers[name].line.start()
-        dispatch = Dispatch(tiers, tuple(rules), Ledger(clock), clock)
+            tiers[name].start()
+        dispatch = Dispatch(tiers, tuple(rules), Ledger(clock), Times(), clock)
         api = Api(dispatch, "0")
         door = site(api.app.resource(), Access(token, hosts, body_limit), clock)
         return cls(clock, servers["main"], servers["small"], api, door, agents)

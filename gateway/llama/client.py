@@ -283,6 +283,21 @@ class LlamaClient:
         except (KeyError, TypeError, ValueError, AttributeError):
             raise self._no_llama() from None
 
+    async def is_loading(self) -> bool:
+        """Whether the server is up and loads its model."""
+
+        async def status() -> int:
+            answer = await self._request("GET", "/health")
+            await answer.read()
+            return answer.status
+
+        asked = Deferred.fromCoroutine(status())
+        asked.addTimeout(PATIENCE, self._reactor)
+        try:
+            return await asked == 503
+        except (ApiError, Lost, TimedOut):
+            return False
+
     async def busy_slots(self) -> int:
         """
         How many slots work.

@@ -1,26 +1,67 @@
 """
 Who goes next.
 
-1. A call that somebody waits for goes before a background call.
-2. Among equals, the one that came first.
+1. A call that has waited longer than the ageing bound goes before all others, the oldest first.
+2. A turn that a person waits for goes before a subagent's, and that before one in the background.
+3. Among equals, one of the conversation that a slot already holds goes first: ABAB becomes AABB,
+   and its prompt is not evaluated anew.
+4. Among equals still, the one that came first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from enum import IntEnum
 from typing import Protocol
+
+from gateway.policy.calls import Call
+from gateway.policy.routes import Route
+
+
+class Rank(IntEnum):
+    """Who waits for a call; the lowest goes first."""
+
+    PERSON = 0
+    SUBAGENT = 1
+    BACKGROUND = 2
 
 
 class Waiting(Protocol):
-    """What is known of a waiting call."""
+    """What is known of a waiting call; its time in seconds on the line's clock."""
 
     @property
-    def background(self) -> bool: ...
+    def rank(self) -> Rank: ...
+
+    @property
+    def conversation(self) -> str: ...
+
+    @property
+    def arrived(self) -> float: ...
 
 
-def next_to_go(waiting: Sequence[Waiting]) -> int:
-    """The index of the next call among `waiting`, which is in order of arrival and not empty."""
-    for index, call in enumerate(waiting):
-        if not call.background:
-            return index
-    return 0
+def rank(call: Call, route: Route) -> Rank:
+    """Who waits for a call that goes this way."""
+    if route.background:
+        return Rank.BACKGROUND
+    return Rank.SUBAGENT if call.agent or call.kind == "subagent" else Rank.PERSON
+
+
+def next_to_go(waiting: Sequence[Waiting], held: Collection[str], now: float, ageing: float) -> int:
+    """
+    The index of the next call.
+
+    Args:
+        waiting: those that wait, not empty.
+        held: the conversations that the slots hold; "" is none.
+        now: seconds on the line's clock.
+        ageing: seconds after which a call goes before all that waited less.
+    """
+
+    def place(index: int) -> tuple[bool, int, bool, float, int]:
+        call = waiting[index]
+        if now - call.arrived > ageing:
+            return False, 0, False, call.arrived, index
+        is_held = bool(call.conversation) and call.conversation in held
+        return True, call.rank, not is_held, call.arrived, index
+
+    return min(range(len(waiting)), key=place)

@@ -19,14 +19,20 @@ from typing import Any, Protocol, Self
 
 import attrs
 import orjson
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import TimeoutError as TimedOut
 from twisted.internet.interfaces import IDelayedCall, IPushProducer, IReactorTime
+from twisted.python.failure import Failure
 
 from gateway.llama.client import Lost
 from gateway.tier import constrained
+from gateway.tier.line import Ticket
 from gateway.tier.tier import Tier
 from gateway.wire import pulse
 from gateway.wire.errors import ApiError, unavailable
 from gateway.wire.events import (
+    PING,
+    STILL,
     Assembly,
     Event,
     Repair,
@@ -35,6 +41,7 @@ from gateway.wire.events import (
     error_event,
     message_events,
 )
+from gateway.wire.pulse import Rung, Times, Told
 from gateway.wire.sse import EventTooLong, SSEParser
 
 Json = Any
@@ -66,6 +73,9 @@ class Client(Protocol):
 class Teller(Protocol):
     """How an answer is told."""
 
+    def ready(self, count: Count) -> None:
+        """The call waits for nothing but its turn; `count` gives the tokens of its prompt."""
+
     def commit(self) -> None:
         """The upstream has accepted the call."""
 
@@ -75,6 +85,9 @@ class Teller(Protocol):
     def meet(self, producer: IPushProducer) -> None:
         """They come from here."""
 
+
+#: Counts the tokens of a call's prompt.
+Count = Callable[[], Awaitable[int]]
 
 #: Asks for an answer, once it is known how it is to be told.
 Ask = Callable[[Teller], Awaitable[None]]
@@ -89,7 +102,7 @@ async def from_model(
     repair: Repair,
     teller: Teller,
     *,
-    background: bool,
+    ticket: Ticket,
     started: Callable[[], None],
 ) -> None:
     """
@@ -100,7 +113,7 @@ async def from_model(
         body: a prepared body.
         repair: mends the stream, and knows the usage afterwards.
         teller: tells it.
-        background: give way to calls that somebody waits for.
+        ticket: what the line is told of it.
         started: called when the call's turn has come; may raise ApiError.
 
     Raises:
@@ -108,7 +121,7 @@ async def from_model(
         Lost: the server went away.
         Truncated: its answer did.
     """
-    permit = await tier.line.join(background)
+    permit = await tier.line.join(ticket)
     try:
         try:
             started()
@@ -133,6 +146,9 @@ async def from_model(
 
         await answer.stream(receive, teller.meet)
         permit.finished()
+    except CancelledError:
+        permit.cut()
+        raise
     finally:
         permit.abandon()
     if repair.usage.input is None:
@@ -151,11 +167,11 @@ async def under_schema(
     teller: Teller,
     *,
     tokens: int,
-    background: bool,
+    ticket: Ticket,
     started: Callable[[], None],
 ) -> None:
     """As `from_model`, for an answer of at most `tokens` that must fit `schema`."""
-    permit = await tier.line.join(background)
+    permit = await tier.line.join(ticket)
     try:
         try:
             started()
@@ -164,6 +180,9 @@ async def under_schema(
             permit.finished()
             raise
         permit.finished()
+    except CancelledError:
+        permit.cut()
+        raise
     finally:
         permit.abandon()
     usage = repair.usage
@@ -180,7 +199,8 @@ async def under_schema(
         "stop_sequence": None,
         "usage": usage.as_json(),
     }
-    teller.tell(message_events(message))
+    events = message_events(message)
+    teller.tell(events[1:] if repair.has_started else events)
 
 
 async def words_under_schema(
@@ -191,7 +211,7 @@ async def words_under_schema(
     teller: Teller,
     *,
     tokens: int,
-    background: bool,
+    ticket: Ticket,
     started: Callable[[], None],
 ) -> None:
     """
@@ -201,7 +221,7 @@ async def words_under_schema(
     that fit; words that do not fit are asked for again under the schema, behind the same prompt.
     """
     free = Kept(teller)
-    how: Any = {"background": background, "started": started}
+    how: Any = {"ticket": ticket, "started": started}
     await from_model(tier, body, repair, free, **how)
     message = free.message()
     words = "".join(block["text"] for block in message["content"] if block["type"] == "text")
@@ -222,6 +242,8 @@ class Whole:
 
     _assembly: Assembly = attrs.field(factory=Assembly, init=False)
 
+    def ready(self, count: Count) -> None: ...
+
     def commit(self) -> None: ...
 
     def tell(self, events: Iterable[Event]) -> None:
@@ -237,10 +259,10 @@ class Whole:
 @attrs.define(eq=False)
 class Kept(Whole):
     """
-    All of it kept for somebody who will decide; only that it has begun is told.
+    All of it kept for somebody who will decide; only its beginning is told.
 
     Attributes:
-        events: what was told so far.
+        events: what was kept so far.
     """
 
     _teller: Teller
@@ -251,8 +273,10 @@ class Kept(Whole):
 
     def tell(self, events: Iterable[Event]) -> None:
         told = list(events)
-        self.events += told
         super().tell(told)
+        begins = [event for event in told if event.body["type"] == "message_start"]
+        self._teller.tell(begins)
+        self.events += told[len(begins) :]
 
 
 @attrs.define(eq=False)
@@ -265,17 +289,29 @@ class Streamed:
 
     client: Client
     _reactor: IReactorTime
+    _times: Times
+    _repair: Repair
+    _arrived: float
+    _count: Count | None = attrs.field(default=None, init=False)
     _said_at: float | None = attrs.field(default=None, init=False)
     _beat_at: IDelayedCall | None = attrs.field(default=None, init=False)
+    _starting: Deferred[None] | None = attrs.field(default=None, init=False)
 
     def __enter__(self) -> Self:
-        self._beat_at = self._reactor.callLater(pulse.COMMIT, self._beat)
+        self._beat()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._beat_at is not None and self._beat_at.active():
             self._beat_at.cancel()
+        self._beat_at = None
+        if self._starting is not None:
+            self._starting.cancel()
         self.client.part()
+
+    def ready(self, count: Count) -> None:
+        self._count = count
+        self._beat()
 
     def commit(self) -> None:
         if not self.client.begun:
@@ -289,7 +325,7 @@ class Streamed:
     def meet(self, producer: IPushProducer) -> None:
         self.client.meet(producer)
 
-    def fail(self, error: ApiError, *, has_content: bool, request_id: str) -> None:
+    def fail(self, error: ApiError, *, request_id: str) -> None:
         """
         Put `error` into the stream, in the way that the client treats best.
 
@@ -298,7 +334,7 @@ class Streamed:
         """
         if not self.client.begun:
             raise error
-        if not has_content and error.is_transient:
+        if not self._repair.has_content and error.is_transient:
             error = attrs.evolve(error, kind="overloaded_error")
         self._say(error_event(error, request_id))
 
@@ -307,16 +343,45 @@ class Streamed:
         self.client.write(data)
         self._said_at = self._reactor.seconds()
 
+    # --- the pulse --------------------------------------------------------------------------------
+
     def _beat(self) -> None:
-        data, again = pulse.due(self._reactor.seconds(), self._said_at)
-        if data:
-            self._say(data)
+        """Say what is due, and come again when the next is."""
+        if self._beat_at is not None and self._beat_at.active():
+            self._beat_at.cancel()
+        told = Told(
+            self._arrived,
+            self._said_at,
+            held=self._count is None,
+            started=self._repair.has_started,
+            in_block=self._repair.in_block,
+        )
+        rung, again = pulse.due(self._reactor.seconds(), told, self._times)
         self._beat_at = self._reactor.callLater(again, self._beat)
+        match rung:
+            case Rung.PING:
+                self._say(PING)
+            case Rung.DELTA:
+                self._say(STILL)
+            case Rung.START if self._starting is None:
+                self._starting = Deferred.fromCoroutine(self._start())
+                self._starting.addErrback(_unless_cancelled)
+            case _:
+                pass
+
+    async def _start(self) -> None:
+        """Begin the message with the counted tokens; with none where nobody can count."""
+        tokens = 0
+        if self._count is not None:
+            with suppress(ApiError):
+                tokens = await self._count()
+        self.tell(self._repair.start(tokens))
 
 
 async def stream(
     client: Client,
     reactor: IReactorTime,
+    times: Times,
     repair: Repair,
     request_id: str,
     ask: Ask,
@@ -330,36 +395,59 @@ async def stream(
     Raises:
         ApiError: it went wrong before.
     """
-    with Streamed(client, reactor) as told:
+    with Streamed(client, reactor, times, repair, reactor.seconds()) as told:
         try:
             await ask(told)
         except ApiError as error:
-            told.fail(error, has_content=repair.has_content, request_id=request_id)
+            told.fail(error, request_id=request_id)
             return error
         except (Lost, Truncated):
             gone = _went_away(repair.tier)
             if repair.has_content:
                 client.cut()
             else:
-                told.fail(gone, has_content=False, request_id=request_id)
+                told.fail(gone, request_id=request_id)
             return gone
     return None
 
 
-async def whole(repair: Repair, ask: Ask) -> bytes:
+async def whole(reactor: IReactorTime, repair: Repair, ask: Ask, limit: float | None) -> bytes:
     """
     The answer that `ask` asks for, as the JSON of one message.
 
+    It may take `limit` seconds, after which the client would give up; None is without end.
+
     Raises:
-        ApiError: it failed.
+        ApiError: it failed, or took too long.
     """
     told = Whole()
+    asked = Deferred.fromCoroutine(_asked(ask, told))
+    if limit is not None:
+        asked.addTimeout(limit, reactor)
     try:
-        await ask(told)
+        await asked
     except (Lost, Truncated):
         raise _went_away(repair.tier) from None
+    except TimedOut:
+        raise _too_slow(limit or 0) from None
     return orjson.dumps(told.message())
+
+
+async def _asked(ask: Ask, teller: Teller) -> None:
+    await ask(teller)
 
 
 def _went_away(tier: str) -> ApiError:
     return unavailable(f"The model server of tier {tier!r} went away in the middle of its answer.")
+
+
+def _too_slow(limit: float) -> ApiError:
+    return ApiError(
+        "timeout_error",
+        f"There was no answer within {limit:.0f} seconds, and the client would not wait longer for"
+        " one that is not streamed. What was evaluated is kept: ask again, or ask for a stream.",
+    )
+
+
+def _unless_cancelled(failure: Failure) -> None:
+    failure.trap(CancelledError)

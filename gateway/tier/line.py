@@ -7,23 +7,31 @@ not to the caller: a caller that is cancelled goes at once, and its permit comes
 is known to be idle.  So llama-server never has more calls than slots, and never a queue of its own,
 where a client's leaving goes unnoticed (docs/protocol.md, "Cancellation").
 
+Whoever is cut off keeps his place and his age for two seconds: Claude Code sends a call again after
+0.6 s, and llama-server has kept what it evaluated of it.  Nobody else goes into a kept place, and
+nobody is given another's answer.
+
 The line writes no bytes; it knows nothing of HTTP.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from bisect import insort
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator
+from itertools import count
 from typing import Final
 
 import attrs
 from twisted.internet.defer import CancelledError, Deferred, DeferredSemaphore
-from twisted.internet.interfaces import IReactorTime
+from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from gateway.policy import order
-from gateway.wire.errors import ApiError, overloaded, unavailable
+from gateway.policy.order import Rank
+from gateway.wire.errors import ApiError, overloaded, stopping
 
 #: Seconds after a cancellation until the slots are first asked for, and from then on between two
 #: questions.  llama-server looks once a second whether a client is still there, and each question
@@ -31,10 +39,33 @@ from gateway.wire.errors import ApiError, overloaded, unavailable
 FIRST_ASK: Final = 1.5
 NEXT_ASK: Final = 2.0
 
-#: Seconds that a refused client is told to wait, for each call before it.
-_PACE: Final = 1.0
+#: Seconds for which the place of a call that was cut off is kept.
+KEPT: Final = 2.0
+
+#: Seconds that a refused client is told to wait at least and at most.
+_SOONEST: Final = 1.0
+_LATEST: Final = 600.0
+
+#: What an older call's time in a slot counts for, beside each new one.
+_FADING: Final = 0.7
 
 log = Logger()
+
+
+@attrs.frozen
+class Ticket:
+    """
+    What a line is told of a call.
+
+    Attributes:
+        rank: who waits for it.
+        conversation: whose prompt it goes on with; "" for none.
+        key: the same for the same call sent again, and for no other.
+    """
+
+    rank: Rank = Rank.PERSON
+    conversation: str = ""
+    key: Callable[[], bytes] = lambda: b""
 
 
 @attrs.define(eq=False)
@@ -42,12 +73,14 @@ class Permit:
     """
     The right to use one slot, once.
 
-    `finished` gives it back at once: the upstream has ended its answer.  `abandon` gives it back
-    when the slot is known to be idle.  The first of the two counts.
+    `finished` gives it back at once: the upstream has ended its answer.  `abandon` and `cut` give
+    it back when the slot is known to be idle; `cut` also keeps the caller's place.  The first
+    counts.
     """
 
     _give_back: Callable[[], None]
     _settle: Callable[[], None]
+    _keep_place: Callable[[], None]
     _spent: bool = False
 
     def finished(self) -> None:
@@ -60,13 +93,31 @@ class Permit:
             self._spent = True
             self._settle()
 
+    def cut(self) -> None:
+        """The client is gone, and may come again."""
+        if not self._spent:
+            self._keep_place()
+            self.abandon()
+
 
 @attrs.define(eq=False)
 class _Place:
-    """One waiting call."""
+    """One place in the line, taken or kept."""
 
-    background: bool
-    turn: Deferred[Permit]
+    ticket: Ticket
+    arrived: float
+    number: int
+    turn: Deferred[Permit] | None = None
+    key: bytes = b""
+    expiry: IDelayedCall | None = None
+
+    @property
+    def rank(self) -> Rank:
+        return self.ticket.rank
+
+    @property
+    def conversation(self) -> str:
+        return self.ticket.conversation
 
 
 @attrs.define(eq=False)
@@ -77,17 +128,23 @@ class Line:
     Attributes:
         slots: how many calls may run at once.
         max_waiting: how many may wait; one more is refused.
+        ageing: seconds after which a waiting call goes before all others.
         busy_slots: asks the server how many slots work; raises ApiError when the server is gone.
     """
 
     slots: int
     max_waiting: int
+    ageing: float
     busy_slots: Callable[[], Awaitable[int]]
     _reactor: IReactorTime
-    _waiting: list[_Place] = attrs.field(factory=list, init=False)
+    _places: list[_Place] = attrs.field(factory=list, init=False)
+    _numbers: Iterator[int] = attrs.field(factory=count, init=False)
+    _kept: int = attrs.field(default=0, init=False)
+    _held: deque[str] = attrs.field(init=False)
     _running: int = attrs.field(default=0, init=False)
     _settling: int = attrs.field(default=0, init=False)
-    _arrival: Deferred[None] | None = attrs.field(default=None, init=False)
+    _pace: float = attrs.field(default=0.0, init=False)
+    _change: Deferred[None] | None = attrs.field(default=None, init=False)
     _loop: Deferred[None] | None = attrs.field(default=None, init=False)
     _asking: Deferred[None] | None = attrs.field(default=None, init=False)
     _stopped: bool = attrs.field(default=False, init=False)
@@ -95,6 +152,7 @@ class Line:
 
     def __attrs_post_init__(self) -> None:
         self._semaphore = DeferredSemaphore(self.slots)
+        self._held = deque(maxlen=self.slots)
 
     # --- for who runs the house -------------------------------------------------------------------
 
@@ -104,18 +162,21 @@ class Line:
         self._loop.addErrback(_unless_cancelled)
 
     def stop(self) -> None:
-        """Let nobody in any more; who waits is cancelled."""
+        """Let nobody in any more; who waits is cancelled, and no place is kept."""
         self._stopped = True
         for ended in (self._loop, self._asking):
             if ended is not None:
                 ended.cancel()
-        for place in list(self._waiting):
-            place.turn.cancel()
+        for place in list(self._places):
+            if place.turn is not None:
+                place.turn.cancel()
+            else:
+                self._drop(place)
 
     @property
     def waiting(self) -> int:
         """Calls in line."""
-        return len(self._waiting)
+        return len(self._places) - self._kept
 
     @property
     def running(self) -> int:
@@ -129,12 +190,9 @@ class Line:
 
     # --- for a call -------------------------------------------------------------------------------
 
-    def join(self, background: bool = False) -> Deferred[Permit]:
+    def join(self, ticket: Ticket) -> Deferred[Permit]:
         """
         Wait for a slot.
-
-        Args:
-            background: give way to every call that is not.
 
         Returns:
             A Deferred of the permit.  Cancelling it leaves the line.
@@ -143,18 +201,62 @@ class Line:
             ApiError: 529, the line is full; 503, it has stopped.
         """
         if self._stopped:
-            raise unavailable("The gateway is stopping; try again.")
-        if len(self._waiting) >= self.max_waiting:
+            raise stopping()
+        if self.waiting >= self.max_waiting:
+            soon = self._pace * self.waiting / self.slots
             raise overloaded(
-                f"{len(self._waiting)} calls are waiting for this model already; try again later.",
-                retry_after=max(1, round(_PACE * len(self._waiting) / self.slots)),
+                f"{self.waiting} calls are waiting for this model already; try again later.",
+                retry_after=round(min(max(_SOONEST, soon), _LATEST)),
             )
-        place = _Place(background, Deferred(lambda _: self._waiting.remove(place)))
-        self._waiting.append(place)
-        if self._arrival is not None:
-            arrival, self._arrival = self._arrival, None
-            arrival.callback(None)
-        return place.turn
+        place = self._kept_for(ticket)
+        if place is None:
+            place = _Place(ticket, self._reactor.seconds(), next(self._numbers))
+            self._places.append(place)
+        turn: Deferred[Permit] = Deferred(lambda _: self._leave(place))
+        place.turn = turn
+        self._wake()  # which may be its turn already
+        return turn
+
+    def _leave(self, place: _Place) -> None:
+        """A waiting call is cancelled."""
+        self._places.remove(place)
+        self._keep(place)
+
+    # --- places of calls that were cut off --------------------------------------------------------
+
+    def _keep(self, gone: _Place) -> None:
+        """Keep the place of a call that was cut off, in the order of arrival."""
+        key = gone.ticket.key()
+        if self._stopped or not key:
+            return
+        place = _Place(gone.ticket, gone.arrived, gone.number, key=key)
+        place.expiry = self._reactor.callLater(KEPT, self._drop, place)
+        insort(self._places, place, key=lambda each: each.number)
+        self._kept += 1
+
+    def _drop(self, place: _Place) -> None:
+        """Nobody came back for it."""
+        self._forget(place)
+        self._places.remove(place)
+        self._wake()
+
+    def _forget(self, place: _Place) -> None:
+        """It is kept no longer."""
+        self._kept -= 1
+        if place.expiry is not None and place.expiry.active():
+            place.expiry.cancel()
+        place.expiry = None
+
+    def _kept_for(self, ticket: Ticket) -> _Place | None:
+        """The place that is kept for this very call."""
+        if not self._kept:
+            return None
+        key = ticket.key()
+        for place in self._places:
+            if place.turn is None and place.key == key:
+                self._forget(place)
+                return place
+        return None
 
     # --- the loop ---------------------------------------------------------------------------------
 
@@ -162,19 +264,43 @@ class Line:
         while True:
             await self._semaphore.acquire()
             try:
-                while not self._waiting:
-                    self._arrival = Deferred()
-                    await self._arrival
+                place = await self._next()
             except CancelledError:
                 self._semaphore.release()
                 raise
-            place = self._waiting.pop(order.next_to_go(self._waiting))
+            turn, place.turn = place.turn, None
+            assert turn is not None
             self._running += 1
-            place.turn.callback(Permit(self._give_back, self._settle))
+            self._held.append(place.conversation)
+            turn.callback(self._permit(place))
 
-    def _give_back(self) -> None:
-        self._running -= 1
-        self._semaphore.release()
+    async def _next(self) -> _Place:
+        """The place that goes next, taken out of the line, once there is one."""
+        while True:
+            if self._places:
+                now = self._reactor.seconds()
+                index = order.next_to_go(self._places, self._held, now, self.ageing)
+                if self._places[index].turn is not None:
+                    return self._places.pop(index)
+            self._change = Deferred()
+            await self._change
+
+    def _wake(self) -> None:
+        """The line is another one now."""
+        if self._change is not None:
+            change, self._change = self._change, None
+            change.callback(None)
+
+    def _permit(self, place: _Place) -> Permit:
+        began = self._reactor.seconds()
+
+        def give_back() -> None:
+            took = self._reactor.seconds() - began
+            self._pace = took if not self._pace else self._pace * _FADING + took * (1 - _FADING)
+            self._running -= 1
+            self._semaphore.release()
+
+        return Permit(give_back, self._settle, lambda: self._keep(place))
 
     # --- slots whose call is gone -----------------------------------------------------------------
 

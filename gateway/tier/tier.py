@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 import attrs
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.interfaces import IReactorTime
+from twisted.internet.task import deferLater
 from twisted.logger import Logger
+from twisted.python.failure import Failure
 
 from gateway.config import Tier as Wanted
 from gateway.llama.client import LlamaClient, Props
@@ -17,12 +20,15 @@ from gateway.policy.template import Template
 from gateway.tier.count import Counter
 from gateway.tier.line import Line
 from gateway.tier.pace import Pace
-from gateway.wire.errors import ApiError
+from gateway.wire.errors import ApiError, overloaded, stopping
 
 Json = Any
 
 #: Seconds for which a server's word about itself is taken; it may be restarted with another model.
 _FRESH: Final = 30.0
+
+#: Seconds between two looks whether a server has come.
+_LOOK: Final = 1.0
 
 #: Conversations whose first switches are remembered.
 _REMEMBERED: Final = 1024
@@ -52,6 +58,8 @@ class Tier:
     pace: Pace
     _reactor: IReactorTime
     _props: Props | None = attrs.field(default=None, init=False)
+    _awaiting: list[Deferred[None]] = attrs.field(factory=list, init=False)
+    _looking: Deferred[None] | None = attrs.field(default=None, init=False)
     _rewrites: tuple[str, ...] = attrs.field(default=(), init=False)
     _first: OrderedDict[str, Mapping[str, Json]] = attrs.field(factory=OrderedDict, init=False)
     _asked_at: float = attrs.field(default=0.0, init=False)
@@ -59,8 +67,21 @@ class Tier:
     @classmethod
     def of(cls, name: str, wanted: Wanted, client: LlamaClient, reactor: IReactorTime) -> Tier:
         """The tier that the configuration wants, in front of `client`."""
-        line = Line(wanted.slots, wanted.max_waiting, client.busy_slots, reactor)
+        line = Line(wanted.slots, wanted.max_waiting, wanted.ageing, client.busy_slots, reactor)
         return cls(name, wanted, client, line, Counter(client), Pace(reactor.seconds), reactor)
+
+    def start(self) -> None:
+        """Let calls in."""
+        self.line.start()
+
+    def stop(self) -> None:
+        """Let nobody in any more; who waits is told to come again."""
+        self.line.stop()
+        if self._looking is not None:
+            self._looking.cancel()
+        awaiting, self._awaiting = self._awaiting, []
+        for come in awaiting:
+            come.errback(Failure(stopping()))
 
     async def props(self) -> Props:
         """
@@ -81,6 +102,56 @@ class Tier:
                 await self._meet(found)
             self._props = found
         return self._props
+
+    async def ready(self) -> None:
+        """
+        Wait for a server that is loading.
+
+        Raises:
+            ApiError: it is down, or it is not ready within `startup_patience`; or too many wait.
+        """
+        try:
+            await self.props()
+        except ApiError as error:
+            if not await self._is_coming(error):
+                raise
+            await self._wait_for_it()
+
+    async def _is_coming(self, error: ApiError) -> bool:
+        """Whether a server that refuses with `error` will answer before long."""
+        if error.status != 503 or self.config.startup_patience == 0:
+            return False
+        return self.config.server is not None or await self.client.is_loading()
+
+    async def _wait_for_it(self) -> None:
+        if len(self._awaiting) >= self.config.max_waiting:
+            raise overloaded(
+                f"{len(self._awaiting)} calls are waiting for this model to load.", retry_after=30
+            )
+        come: Deferred[None] = Deferred(lambda _: self._awaiting.remove(come))
+        self._awaiting.append(come)
+        if self._looking is None:
+            self._looking = Deferred.fromCoroutine(self._look())
+            self._looking.addErrback(lambda failure: failure.trap(CancelledError))
+        await come
+
+    async def _look(self) -> None:
+        """Ask the server once a second, while somebody waits for it."""
+        until = self._reactor.seconds() + self.config.startup_patience
+        failure: ApiError | None = None
+        while self._awaiting:
+            await deferLater(self._reactor, _LOOK)
+            try:
+                await self.props()
+            except ApiError as error:
+                if self._reactor.seconds() < until and await self._is_coming(error):
+                    continue
+                failure = error
+            break
+        self._looking = None
+        awaiting, self._awaiting = self._awaiting, []
+        for come in awaiting:
+            come.callback(None) if failure is None else come.errback(Failure(failure))
 
     async def template(self) -> Template:
         """
@@ -152,6 +223,6 @@ class Tier:
             "slots": self.config.slots,
             "running": self.line.running,
             "settling": self.line.settling,
-            "waiting": self.line.waiting,
+            "waiting": self.line.waiting + len(self._awaiting),
             "pace": self.pace.status(),
         }

@@ -19,7 +19,7 @@ from werkzeug.exceptions import HTTPException
 from gateway.dispatch import Dispatch
 from gateway.policy.routes import MODEL_PREFIX
 from gateway.web.access import BoundedRequest, write_error
-from gateway.wire.errors import ApiError, unavailable
+from gateway.wire.errors import ApiError, stopping
 
 Json = Any
 
@@ -215,7 +215,7 @@ class Api:
     @app.handle_errors(CancelledError)
     def cancelled(self, request: Any, failure: Failure) -> bytes:
         """Reached only where the client is still there: the service stops."""
-        return write_error(request, unavailable("The gateway is stopping; try again."))
+        return write_error(request, stopping())
 
     @app.handle_errors(HTTPException)
     def unknown(self, request: Any, failure: Failure) -> bytes:

@@ -100,6 +100,11 @@ def unavailable(message: str, retry_after: int = 5) -> ApiError:
     return ApiError("api_error", message, status=503, retry_after=retry_after)
 
 
+def stopping() -> ApiError:
+    """The gateway is on its way out: 503, to be tried again."""
+    return unavailable("The gateway is stopping; try again.")
+
+
 def overloaded(message: str, retry_after: int) -> ApiError:
     """There is no more room in a line: 529, to be tried again after `retry_after` seconds."""
     return ApiError("overloaded_error", message, retry_after=retry_after)

@@ -32,6 +32,18 @@ Json = Any
 
 PING: Final = sse.encode("ping", b'{"type": "ping"}')
 
+#: A sign of life that stops nothing; it may stand wherever no content block is open.
+STILL: Final = sse.encode(
+    "message_delta",
+    orjson.dumps(
+        {
+            "type": "message_delta",
+            "delta": {"stop_reason": None, "stop_sequence": None},
+            "usage": {"output_tokens": 0},
+        }
+    ),
+)
+
 _KIND_OF_DELTA: Final[Mapping[str, str]] = {
     "text_delta": "text",
     "thinking_delta": "thinking",
@@ -121,7 +133,7 @@ class Repair:
 
     message_id: str
     model: str
-    tier: str
+    tier: str = ""
     one_call: bool = False
     usage: Usage = attrs.field(factory=Usage, init=False)
     _started: bool = attrs.field(default=False, init=False)
@@ -135,6 +147,26 @@ class Repair:
     def has_content(self) -> bool:
         """Whether the client was sent anything of the answer itself."""
         return self._next_index > 0
+
+    @property
+    def has_started(self) -> bool:
+        """Whether the client was sent its ``message_start``."""
+        return self._started
+
+    @property
+    def in_block(self) -> bool:
+        """Whether a content block is open."""
+        return self._block is not None
+
+    def start(self, tokens: int) -> list[Event]:
+        """
+        Begin the message before the upstream does, with `tokens` as its input.
+
+        The upstream's own beginning is left out then; the last usage tells the truth.
+        """
+        if not self._started:
+            self.usage.input = tokens
+        return self._start()
 
     def feed(self, event: SSEEvent) -> list[Event]:
         """

@@ -32,8 +32,8 @@ AT_MOST: Final = 0.01
 PROMPTS: Final = ("Hello gates", "How many walls does this old city have?")
 
 
-def two_sessions(client: Client, seconds: float = 120) -> None:
-    """Two sessions, one after the other, in a project as most people have it: a repository."""
+def two_sessions(client: Client, seconds: float = 120) -> Iterator[str]:
+    """The prompts of two sessions, each when it was answered, in a project that is a repository."""
     (client.folder / "CLAUDE.md").write_text("Gates are counted by hand.\n")
     who = ("-c", "user.name=Nobody", "-c", "user.email=nobody@example.invalid")
     for command in (("init", "-q"), ("add", "."), (*who, "commit", "-qm", "Begin")):
@@ -41,6 +41,7 @@ def two_sessions(client: Client, seconds: float = 120) -> None:
     for prompt in PROMPTS:
         said = client.say(prompt, seconds=seconds)
         assert said.status == 0, said
+        yield prompt
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def test_a_second_session_in_the_same_folder(
     with ScriptedLlama(says_hello).serving() as main:
         gateway = start_gateway(folder, {"main": {"url": main.url, "slots": 1}})
         try:
-            two_sessions(Client.of(version, gateway, tmp_path))
+            assert len(list(two_sessions(Client.of(version, gateway, tmp_path)))) == 2
         finally:
             gateway.stop()
     turns = [body for body in main.asked if body.get("tools")]

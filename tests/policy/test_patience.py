@@ -4,28 +4,45 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.policy.patience import CLIENT_WAITS, refuse, verdict_tokens
+from gateway.policy.patience import client_waits, refuse, verdict_tokens
+from tests.house import CLAUDE_CODE
+
+LIMIT = 350.0
 
 
-@pytest.mark.parametrize(
-    ("needed", "waited"), [(0.5, 0), (CLIENT_WAITS - 30, 0), (100, CLIENT_WAITS - 130)]
-)
+@pytest.mark.parametrize(("needed", "waited"), [(0.5, 0), (LIMIT - 20, 0), (100, LIMIT - 120)])
 def test_a_check_that_comes_in_time_goes_on(needed: float, waited: float) -> None:
     """What it needs and what it has waited stay below the client's patience, with some to spare."""
-    assert refuse(35_000, needed, waited) is None
+    assert refuse(35_000, needed, waited, LIMIT) is None
+    assert refuse(35_000, 10 * needed, waited, None) is None
 
 
-@pytest.mark.parametrize(
-    ("needed", "waited"), [(CLIENT_WAITS - 29, 0), (100, CLIENT_WAITS - 129), (None, 0)]
-)
+@pytest.mark.parametrize(("needed", "waited"), [(LIMIT - 19, 0), (100, LIMIT - 119), (None, 0)])
 def test_a_check_that_would_come_too_late_is_refused(needed: float | None, waited: float) -> None:
     """So is one of which nobody knows; the client is told not to try again, and what to change."""
-    error = refuse(35_000, needed, waited)
+    error = refuse(35_000, needed, waited, LIMIT)
     assert error is not None
     assert (error.status, error.should_retry) == (503, False)
     assert "35000 tokens" in error.message
     assert "disableAutoMode" in error.message
     assert "[[route]]" in error.message
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        (CLAUDE_CODE, 350),
+        (CLAUDE_CODE | {"x-stainless-timeout": "600"}, 350),
+        (CLAUDE_CODE | {"x-stainless-timeout": "3600"}, 3590),
+        (CLAUDE_CODE | {"x-stainless-timeout": "60"}, 50),
+        (CLAUDE_CODE | {"x-stainless-timeout": "soon"}, 350),
+        ({"x-stainless-timeout": "60"}, None),
+        ({}, None),
+    ],
+)
+def test_how_long_a_client_waits(headers: dict[str, str], seconds: float | None) -> None:
+    """Claude Code cuts off after 360 s, or when its settings say so; others for themselves."""
+    assert client_waits(headers) == seconds
 
 
 def test_a_verdict_is_short() -> None:

@@ -8,7 +8,8 @@ from twisted.internet.defer import CancelledError, Deferred, succeed
 from twisted.internet.task import Clock
 from twisted.logger import LogEvent
 
-from gateway.tier.line import FIRST_ASK, NEXT_ASK, Line, Permit
+from gateway.policy.order import Rank
+from gateway.tier.line import FIRST_ASK, KEPT, NEXT_ASK, Line, Permit, Ticket
 from gateway.wire.errors import ApiError, unavailable
 
 
@@ -52,16 +53,19 @@ class Scene:
 
     slots: int = 1
     max_waiting: int = 64
+    ageing: float = 120
     clock: Clock = attrs.field(factory=Clock)
     server: Server = attrs.field(factory=Server)
     line: Line = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self.line = Line(self.slots, self.max_waiting, self.server.busy_slots, self.clock)
+        self.line = Line(
+            self.slots, self.max_waiting, self.ageing, self.server.busy_slots, self.clock
+        )
         self.line.start()
 
-    def join(self, *, background: bool = False) -> Caller:
-        return Caller(self.line.join(background))
+    def join(self, rank: Rank = Rank.PERSON, *, conversation: str = "", key: bytes = b"") -> Caller:
+        return Caller(self.line.join(Ticket(rank, conversation, lambda: key)))
 
 
 def test_one_at_a_time() -> None:
@@ -87,7 +91,7 @@ def test_background_gives_way() -> None:
     """A call that came later but that somebody waits for goes before a background call."""
     scene = Scene()
     holder = scene.join()
-    background, turn = scene.join(background=True), scene.join()
+    background, turn = scene.join(Rank.BACKGROUND), scene.join()
     assert holder.permit is not None
     holder.permit.finished()
     assert turn.permit is not None
@@ -183,7 +187,7 @@ def test_a_full_line_refuses() -> None:
         scene.join()
     assert caught.value.status == 529
     assert caught.value.kind == "overloaded_error"
-    assert caught.value.retry_after == 2
+    assert caught.value.retry_after == 1, "nothing was measured yet"
     callers[1].turn.cancel()
     assert scene.join().permit is None
 
@@ -196,6 +200,127 @@ def test_a_line_that_stops_cancels_who_waits() -> None:
     holder.permit.abandon()
     scene.line.stop()
     assert waiter.cancelled
+    assert scene.clock.getDelayedCalls() == []
+
+
+def test_who_is_refused_is_told_when_to_come_by_what_was_measured() -> None:
+    """Two wait, and a call takes about 30 s."""
+    scene = Scene(max_waiting=2)
+    first = scene.join()
+    scene.clock.advance(30)
+    assert first.permit is not None
+    first.permit.finished()
+    for _ in range(3):
+        scene.join()
+    with pytest.raises(ApiError) as caught:
+        scene.join()
+    assert caught.value.retry_after == 60
+
+
+# --- order ----------------------------------------------------------------------------------------
+
+
+def test_the_conversation_that_the_slot_holds_goes_first() -> None:
+    """ABAB becomes AABB."""
+    scene = Scene()
+    line = [scene.join(conversation=name) for name in "ABAB"]
+    gone: list[Caller] = []
+    while len(gone) < 4:
+        (running,) = [caller for caller in line if caller.permit and caller not in gone]
+        gone.append(running)
+        assert running.permit is not None
+        running.permit.finished()
+    assert [line.index(caller) for caller in gone] == [0, 2, 1, 3]
+
+
+def test_who_has_waited_too_long_goes_first() -> None:
+    """A background call is not put off for ever."""
+    scene = Scene(ageing=100)
+    holder, old = scene.join(conversation="A"), scene.join(Rank.BACKGROUND)
+    scene.clock.advance(101)
+    young = scene.join(conversation="A")
+    assert holder.permit is not None
+    holder.permit.finished()
+    assert old.permit is not None
+    assert young.permit is None
+
+
+# --- calls that are sent again --------------------------------------------------------------------
+
+
+def test_who_comes_again_gets_the_old_place() -> None:
+    """A waiting call that was cut off is back in time, and goes before who came after it."""
+    scene = Scene()
+    holder, cut, other = scene.join(), scene.join(key=b"a"), scene.join(key=b"b")
+    cut.turn.cancel()
+    assert scene.line.waiting == 1
+    scene.clock.advance(KEPT - 0.1)
+    again = scene.join(key=b"a")
+    assert scene.line.waiting == 2
+    assert holder.permit is not None
+    holder.permit.finished()
+    assert again.permit is not None
+    assert other.permit is None
+
+
+def test_a_place_is_kept_for_two_seconds() -> None:
+    """Who comes later than that is at the end."""
+    scene = Scene()
+    holder, cut, other = scene.join(), scene.join(key=b"a"), scene.join(key=b"b")
+    cut.turn.cancel()
+    scene.clock.advance(KEPT)
+    again = scene.join(key=b"a")
+    assert holder.permit is not None
+    holder.permit.finished()
+    assert other.permit is not None
+    assert again.permit is None
+
+
+def test_a_place_is_kept_for_nobody_else() -> None:
+    """Another call does not get it; while it is kept and next, the slot waits for it."""
+    scene = Scene()
+    holder, cut = scene.join(), scene.join(key=b"a")
+    cut.turn.cancel()
+    other = scene.join(key=b"b")
+    assert holder.permit is not None
+    holder.permit.finished()
+    assert other.permit is None
+    scene.clock.advance(KEPT)
+    assert other.permit is not None
+
+
+def test_a_running_call_that_is_cut_keeps_its_age() -> None:
+    """It goes on where it was as soon as its slot is idle, before those that waited."""
+    scene = Scene()
+    scene.server.busy = 1
+    running, other = scene.join(key=b"a"), scene.join(key=b"b")
+    assert running.permit is not None
+    running.permit.cut()
+    scene.clock.advance(0.6)
+    again = scene.join(key=b"a")
+    scene.server.busy = 0
+    scene.clock.advance(FIRST_ASK - 0.6)
+    assert again.permit is not None
+    assert other.permit is None
+    assert scene.line.running == 1
+
+
+def test_a_call_that_failed_keeps_no_place() -> None:
+    """Only a client that was cut off comes again at once."""
+    scene = Scene()
+    failed, other = scene.join(key=b"a"), scene.join(key=b"b")
+    assert failed.permit is not None
+    failed.permit.abandon()
+    scene.clock.advance(FIRST_ASK)
+    assert other.permit is not None
+
+
+def test_a_kept_place_does_not_outlive_the_line() -> None:
+    """Nothing is left on the clock when the service stops."""
+    scene = Scene()
+    scene.join()
+    scene.join(key=b"a").turn.cancel()
+    scene.line.stop()
     assert scene.clock.getDelayedCalls() == []
 
 

@@ -150,9 +150,9 @@ def test_a_count_that_hangs_is_503() -> None:
 # --- the server that fails --------------------------------------------------------------------
 
 
-def test_a_server_that_loads_is_503() -> None:
-    """A loading server is a 503 that says when to try again."""
-    house = Household.built()
+def test_a_server_that_is_not_waited_for_is_503() -> None:
+    """Where nobody has patience with a loading server it is a 503 that says when to try again."""
+    house = Household.built(startup_patience=0)
     house.main.status = 503
     browser = house.ask(turn(stream=True))
     assert browser.status == 503
@@ -424,7 +424,7 @@ def test_who_waits_when_the_service_stops_is_told_to_come_again() -> None:
     house = Household.built()
     runner, waiter = house.ask(turn()), house.ask(turn())
     for tier in house.api.dispatch.tiers.values():
-        tier.line.stop()
+        tier.stop()
     house.settle()
     assert waiter.status == 503
     assert waiter.headers["retry-after"] == "5"
