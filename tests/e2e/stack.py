@@ -54,13 +54,19 @@ class Running:
         self, path: str, body: Any = None, headers: Mapping[str, str] | None = None
     ) -> tuple[int, Any]:
         """Status and JSON of one request, in this thread."""
+        status, raw = self.ask_raw(path, body, headers)
+        return status, orjson.loads(raw) if raw else None
+
+    def ask_raw(
+        self, path: str, body: Any = None, headers: Mapping[str, str] | None = None
+    ) -> tuple[int, bytes]:
+        """Status and body of one request, in this thread."""
         connection = HTTPConnection("127.0.0.1", self.port, timeout=300)
         try:
             method, data = ("GET", None) if body is None else ("POST", orjson.dumps(body))
             connection.request(method, path, data, dict(headers or {}))
             answer = connection.getresponse()
-            raw = answer.read()
-            return answer.status, orjson.loads(raw) if raw else None
+            return answer.status, answer.read()
         finally:
             connection.close()
 
