@@ -29,15 +29,26 @@ Json = Any
 _PLACEHOLDER: Final = "DeferredToolPlaceholder"
 
 _TEXT: Final = {"type": "string"}
-_LINES: Final = {"type": "array", "items": {"type": "integer"}}
 _NUMBER: Final = {"type": "integer"}
+_LINES: Final = {"type": "array", "items": _NUMBER}
+
+#: What tools that change text files take, beside their command.
+_EDITING: Final[Mapping[str, Json]] = {
+    "path": _TEXT,
+    "view_range": _LINES,
+    "file_text": _TEXT,
+    "old_str": _TEXT,
+    "new_str": _TEXT,
+    "insert_line": _NUMBER,
+    "insert_text": _TEXT,
+}
 
 
 def _commands(*names: str) -> Json:
     return {"type": "string", "enum": list(names)}
 
 
-def _object(required: Sequence[str], **properties: Json) -> Json:
+def _object(required: Sequence[str], properties: Mapping[str, Json]) -> Json:
     return {"type": "object", "properties": properties, "required": list(required)}
 
 
@@ -46,36 +57,25 @@ def _object(required: Sequence[str], **properties: Json) -> Json:
 _CLIENT_SIDE: Final[Mapping[str, tuple[str, Json]]] = {
     "bash_": (
         "Runs a command in a shell that stays open between the calls.",
-        _object((), command=_TEXT, restart={"type": "boolean"}),
+        _object((), {"command": _TEXT, "restart": {"type": "boolean"}}),
     ),
     "text_editor_": (
         "Shows, creates and changes text files.",
         _object(
             ("command", "path"),
-            command=_commands("view", "create", "str_replace", "insert"),
-            path=_TEXT,
-            view_range=_LINES,
-            file_text=_TEXT,
-            old_str=_TEXT,
-            new_str=_TEXT,
-            insert_line=_NUMBER,
-            insert_text=_TEXT,
+            {"command": _commands("view", "create", "str_replace", "insert"), **_EDITING},
         ),
     ),
     "memory_": (
         "Keeps notes in files under /memories that outlive the conversation.",
         _object(
             ("command",),
-            command=_commands("view", "create", "str_replace", "insert", "delete", "rename"),
-            path=_TEXT,
-            view_range=_LINES,
-            file_text=_TEXT,
-            old_str=_TEXT,
-            new_str=_TEXT,
-            insert_line=_NUMBER,
-            insert_text=_TEXT,
-            old_path=_TEXT,
-            new_path=_TEXT,
+            {
+                "command": _commands("view", "create", "str_replace", "insert", "delete", "rename"),
+                **_EDITING,
+                "old_path": _TEXT,
+                "new_path": _TEXT,
+            },
         ),
     ),
 }
