@@ -2,21 +2,28 @@
 The ``claudegw`` command.
 
 ``claudegw settings`` prints what Claude Code needs to work well on this gateway, with the windows
-that the running gateway measured (docs/protocol.md, "The client's settings").
+that the running gateway measured (docs/protocol.md, "The client's settings").  ``claudegw status``
+shows what that gateway does: its models, the calls under way, those in line.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any, Final
 
+from rich.console import Console
+
+from gateway import status_page
 from gateway.config import Config, ConfigError, load
 from gateway.policy.calls import KINDS
 from gateway.policy.routes import MAIN, MODEL_PREFIX, SMALL
@@ -29,6 +36,9 @@ _ANSWER: Final = 8192
 #: Claude Code compacts a conversation when so many tokens and an answer are all that is left.
 _RESERVE: Final = 13_000
 
+#: Seconds between two looks at the status.
+_REFRESH: Final = 1.0
+
 
 class Unusable(Exception):
     """The command cannot do what it was asked; the message says what to do."""
@@ -38,8 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     options = _parser().parse_args(arguments)
     try:
-        config = load(options.config, KINDS)
-        env = settings(config, _models(config))
+        options.run(load(options.config, KINDS), options)
     except ConfigError as error:
         for mistake in error.mistakes:
             print(f"claudegw: {mistake}", file=sys.stderr)
@@ -47,21 +56,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Unusable as error:
         print(f"claudegw: {error}", file=sys.stderr)
         return 1
+    return 0
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="claudegw", description=__doc__.split("\n\n")[1])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[Config, Namespace], None], what: str) -> ArgumentParser:
+        added = commands.add_parser(name, help=what)
+        added.add_argument("--config", type=Path, default=Path("etc/gw.toml"))
+        added.set_defaults(run=run)
+        return added
+
+    wanted = command("settings", _settings, "print a Claude Code settings file")
+    wanted.add_argument("--shell", action="store_true", help="print exports for a shell instead")
+    wanted = command("status", _status, "show what the running gateway does, live")
+    wanted.add_argument("--once", action="store_true", help="show it once; so does a pipe")
+    wanted.add_argument("--json", action="store_true", help="print it once, as the gateway says it")
+    return parser
+
+
+def _settings(config: Config, options: Namespace) -> None:
+    env = settings(config, _models(config))
     if options.shell:
         for name, value in env["env"].items():
             print(f"export {name}={shlex.quote(value)}")
     else:
         print(json.dumps(env, indent=2))
-    return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="claudegw", description=__doc__.split("\n\n")[1])
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    wanted = commands.add_parser("settings", help="print a Claude Code settings file")
-    wanted.add_argument("--config", type=Path, default=Path("etc/gw.toml"))
-    wanted.add_argument("--shell", action="store_true", help="print exports for a shell instead")
-    return parser
+def _status(config: Config, options: Namespace) -> None:
+    ask = partial(_ask, config, "/status")
+    if options.json:
+        print(json.dumps(ask(), indent=2))
+        return
+    console = Console()
+    if options.once or not console.is_terminal:
+        console.print(status_page.page(ask()))
+        return
+    with suppress(KeyboardInterrupt):
+        status_page.watch(console, ask, partial(time.sleep, _REFRESH))
 
 
 def settings(config: Config, windows: Mapping[str, int]) -> dict[str, Json]:
@@ -143,29 +178,47 @@ def _address(listen: str) -> tuple[str, int]:
 
 def _models(config: Config) -> dict[str, int]:
     """The window of each tier, as the running gateway knows it."""
+    try:
+        windows = {
+            model["id"].removeprefix(MODEL_PREFIX): model["max_input_tokens"]
+            for model in _ask(config, "/v1/models")["data"]
+        }
+    except (KeyError, TypeError, AttributeError):
+        raise _no_gateway(config, "it says something else") from None
+    if windows.get(MAIN) is None:
+        raise Unusable("The main model is still loading, or down; try again when it is up.")
+    return {name: window for name, window in windows.items() if window is not None}
+
+
+def _ask(config: Config, path: str) -> Json:
+    """
+    What the running gateway says at `path`.
+
+    Raises:
+        Unusable: there is none, or it refuses.
+    """
     host, port = _address(config.gateway.listen)
     headers = {"x-api-key": config.gateway.token} if config.gateway.token else {}
     connection = HTTPConnection(host.strip("[]"), port, timeout=30)
     try:
-        connection.request("GET", "/v1/models", headers=headers)
+        connection.request("GET", path, headers=headers)
         answer = connection.getresponse()
         said = json.loads(answer.read())
         if answer.status != HTTPStatus.OK:
             raise Unusable(f"The gateway says: {said['error']['message']}")
-        listed = said["data"]
-    except (OSError, HTTPException, ValueError, KeyError) as error:
-        raise Unusable(
-            f"No gateway answers at http://{host}:{port} ({error}). Start it first:"
-            " twistd -n claudegw --config FILE"
-        ) from None
+    except (OSError, HTTPException, ValueError, KeyError, TypeError) as error:
+        raise _no_gateway(config, error) from None
     finally:
         connection.close()
-    windows = {
-        model["id"].removeprefix(MODEL_PREFIX): model["max_input_tokens"] for model in listed
-    }
-    if windows.get(MAIN) is None:
-        raise Unusable("The main model is still loading, or down; try again when it is up.")
-    return {name: window for name, window in windows.items() if window is not None}
+    return said
+
+
+def _no_gateway(config: Config, why: object) -> Unusable:
+    host, port = _address(config.gateway.listen)
+    return Unusable(
+        f"No gateway answers at http://{host}:{port} ({why}). Start it first:"
+        " twistd -n claudegw --config FILE"
+    )
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ class _Prepared:
     A call that is ready to be sent.
 
     Attributes:
+        tokens: of its prompt; None where they were not counted.
         check: raises ApiError if it is too late for it, when its turn comes.
     """
 
@@ -67,6 +68,7 @@ class _Prepared:
     route: Route
     tier: Tier
     body: dict[str, Json]
+    tokens: int | None
     record: Record
     check: Callable[[], None] = lambda: None
 
@@ -146,6 +148,22 @@ class Dispatch:
             record.usage.input = tokens
             return tokens
 
+    def status(self) -> dict[str, Json]:
+        """For ``/status``: the tiers, and the calls with how far they are and when they go."""
+        found = {
+            "tiers": {name: tier.status() for name, tier in self.tiers.items()},
+            **self.ledger.status(),
+        }
+        turns: dict[str, tuple[int, float | None]] = {}
+        for tier in self.tiers.values():
+            turns |= tier.turns()
+        for call in found["calls"]:
+            where = self.tiers.get(call["tier"])
+            progress = None if where is None else where.progress.of(call["id"])
+            call["progress"] = None if progress is None else progress.as_json()
+            call["place"], call["eta"] = turns.get(call["id"], (None, None))
+        return found
+
     # --- the rooms on the way ---------------------------------------------------------------------
 
     def _understand(
@@ -170,8 +188,8 @@ class Dispatch:
         self._note(record, request, call, route, caller)
         if _is_bounded(call, route):
             body["max_tokens"] = min(request.max_tokens, tier.config.answer_tokens)
-        body["max_tokens"] = await self._room(body, tier)
-        ready = _Prepared(request, call, route, tier, body, record)
+        body["max_tokens"], tokens = await self._room(body, tier)
+        ready = _Prepared(request, call, route, tier, body, tokens, record)
         if call.kind == "classifier" and route.tier == routes.MAIN:
             return attrs.evolve(ready, check=await self._in_time(ready, headers))
         return ready
@@ -209,9 +227,9 @@ class Dispatch:
             body["chat_template_kwargs"] = tier.keep(call.conversation, told)
         return body
 
-    async def _room(self, body: Mapping[str, Json], tier: Tier) -> int:
+    async def _room(self, body: Mapping[str, Json], tier: Tier) -> tuple[int, int | None]:
         """
-        The longest answer that fits the window, in tokens.
+        The longest answer that fits the window, and the prompt, in tokens.
 
         The prompt is counted only where the size of the body does not rule an overflow out.
 
@@ -221,11 +239,11 @@ class Dispatch:
         window = (await tier.props()).n_ctx
         wanted = int(body["max_tokens"])
         if _at_most(body) < window:
-            return min(wanted, window)
+            return min(wanted, window), None
         tokens = await tier.counter.count(body)
         if tokens >= window:
             raise prompt_too_long(tokens, window)
-        return min(wanted, window - tokens)
+        return min(wanted, window - tokens), tokens
 
     async def _in_time(self, ready: _Prepared, headers: Mapping[str, str]) -> Callable[[], None]:
         """
@@ -283,7 +301,14 @@ def _ticket(ready: _Prepared) -> Ticket:
         return blake2b(orjson.dumps([call.conversation, prompt]), digest_size=16).digest()
 
     conversation = call.conversation if call.is_in_conversation else ""
-    return Ticket(order.rank(call, ready.route), conversation, key)
+    return Ticket(
+        order.rank(call, ready.route),
+        conversation,
+        key,
+        ready.record.id,
+        ready.tokens,
+        partial(ready.tier.pace.seen, body),
+    )
 
 
 def _is_bounded(call: Call, route: Route) -> bool:

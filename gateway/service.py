@@ -118,7 +118,8 @@ class House(MultiService):
             if wanted.server is not None:
                 line = command(wanted, wanted.server, gateway.state_dir)
                 log_file = gateway.state_dir / f"{name}.log"
-                children.append(Child(name, line, wanted.server.env, log_file, reactor))
+                hear = tiers[name].progress.listen
+                children.append(Child(name, line, wanted.server.env, log_file, reactor, hear))
         times = Times(start=gateway.start_after)
         dispatch = Dispatch(tiers, config.route, Ledger(reactor), times, reactor)
         api = Api(dispatch, version("claudegw"))

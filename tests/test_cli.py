@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
+import attrs
 import pytest
 
 from gateway.cli import Unusable, base_url, longest_answer, main, settings
@@ -87,3 +92,155 @@ def test_the_settings_are_json() -> None:
     found = settings(BOTH, {"main": 32768, "small": 4096})
     assert json.loads(json.dumps(found)) == found
     assert found["permissions"]["deny"] == ["WebSearch"]
+
+
+# --- the status -----------------------------------------------------------------------------------
+
+
+@attrs.define(eq=False)
+class Door:
+    """
+    A gateway that says what a test wants it to say.
+
+    Attributes:
+        config: a configuration that leads to it.
+        status: the HTTP status of all its answers.
+        said: the JSON of its answers.
+        asked: each request: its path and the key that it showed.
+    """
+
+    config: Path
+    status: int = 200
+    said: Any = None
+    asked: list[tuple[str, str | None]] = attrs.field(factory=list)
+
+
+@pytest.fixture
+def door(tmp_path: Path) -> Iterator[Door]:
+    """One that listens, and wants a key."""
+    door = Door(tmp_path / "gw.toml")
+
+    class Answering(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:  # called by this name
+            door.asked.append((self.path, self.headers["x-api-key"]))
+            body = json.dumps(door.said).encode()
+            self.send_response(door.status)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with HTTPServer(("127.0.0.1", 0), Answering) as server:
+        door.config.write_text(
+            f"[gateway]\nlisten = 'tcp:{server.server_port}:interface=127.0.0.1'\ntoken = 'key'\n"
+            "[tier.main]\nurl = 'http://127.0.0.1:2'\n"
+        )
+        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield door
+        server.shutdown()
+        thread.join()
+
+
+STATUS = {"version": "9.9", "tiers": {}, "calls": [], "last": []}
+
+
+def test_the_status_is_drawn(door: Door, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where the output is no terminal, the running gateway's status is drawn once."""
+    door.said = STATUS
+    assert main(["status", "--config", str(door.config)]) == 0
+    assert capsys.readouterr().out.startswith("claudegw 9.9\n\nTiers ──")
+    assert door.asked == [("/status", "key")]
+
+
+def test_the_status_is_drawn_once(
+    door: Door, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With --once also in a terminal."""
+
+    def sleep(_: float) -> None:
+        raise AssertionError("it wants to draw again")
+
+    monkeypatch.setattr("gateway.cli.time.sleep", sleep)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    door.said = STATUS
+    assert main(["status", "--once", "--config", str(door.config)]) == 0
+    assert "claudegw 9.9" in capsys.readouterr().out
+    assert len(door.asked) == 1
+
+
+def test_the_status_is_drawn_live(
+    door: Door, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a terminal it is drawn again each second, until it is interrupted, which is no error."""
+    pauses: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("gateway.cli.time.sleep", sleep)
+    door.said = STATUS
+    assert main(["status", "--config", str(door.config)]) == 0
+    assert pauses == [1.0, 1.0, 1.0]
+    assert len(door.asked) == 3
+    assert capsys.readouterr().err == ""
+
+
+def test_the_status_as_json(door: Door, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the gateway says, as it says it."""
+    door.said = {**STATUS, "new": [1]}
+    assert main(["status", "--json", "--config", str(door.config)]) == 0
+    assert json.loads(capsys.readouterr().out) == door.said
+
+
+def test_without_a_gateway_there_is_no_status(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One sentence on what to do, and exit status 1."""
+    config = tmp_path / "gw.toml"
+    config.write_text('[gateway]\nlisten = "tcp:1"\ntoken = "x"\n[tier.main]\nurl = "http://h:2"\n')
+    assert main(["status", "--config", str(config)]) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("claudegw: No gateway answers at http://127.0.0.1:1 (")
+    assert said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["status", "settings"])
+def test_a_gateway_that_refuses(
+    command: str, door: Door, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is told what it says."""
+    door.status, door.said = 401, {"error": {"message": "Wrong key."}}
+    assert main([command, "--config", str(door.config)]) == 1
+    assert capsys.readouterr().err == "claudegw: The gateway says: Wrong key.\n"
+
+
+@pytest.mark.parametrize("said", [{"object": "list"}, [1], None, {"data": [{"id": 3}]}])
+def test_something_else_at_the_port(
+    said: Any, door: Door, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is no gateway has no settings, and that is no crash."""
+    door.said = said
+    assert main(["settings", "--config", str(door.config)]) == 1
+    assert "No gateway answers" in capsys.readouterr().err
+    door.status = 500
+    assert main(["status", "--config", str(door.config)]) == 1
+    assert "No gateway answers" in capsys.readouterr().err
+
+
+def test_the_settings_of_a_running_gateway(door: Door, capsys: pytest.CaptureFixture[str]) -> None:
+    """They have the windows that it knows; a tier that is down has none."""
+    models = [("claudegw-main", 65536), ("claudegw-small", None)]
+    door.said = {"data": [{"id": name, "max_input_tokens": size} for name, size in models]}
+    assert main(["settings", "--config", str(door.config)]) == 0
+    assert '"CLAUDE_CODE_MAX_CONTEXT_TOKENS": "65536"' in capsys.readouterr().out
+    assert main(["settings", "--shell", "--config", str(door.config)]) == 0
+    assert "export ANTHROPIC_AUTH_TOKEN=key\n" in capsys.readouterr().out
+    assert door.asked == [("/v1/models", "key")] * 2

@@ -2,7 +2,8 @@
 A llama-server as a child process: started with the gateway, stopped with it.
 
 Its output is always read (an undrained pipe would freeze llama-server) and goes to a log of its own
-in the state folder.  A child that ends by itself is started again after a pause that grows.
+in the state folder, and line by line to whoever wants to hear it.  A child that ends by itself is
+started again after a pause that grows.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -28,6 +29,7 @@ from twisted.python.failure import Failure
 from twisted.python.logfile import LogFile
 
 from gateway.config import Server, Tier
+from gateway.llama.loglines import Lines
 
 #: Seconds that a child gets to end by itself before it is killed.
 _GRACE: Final = 10.0
@@ -85,6 +87,7 @@ class Child(Service):
         command: what is run.
         env: added to our own environment.
         log_file: where its output goes.
+        on_line: hears each line of it.
     """
 
     tier: str
@@ -92,6 +95,7 @@ class Child(Service):
     env: Mapping[str, str]
     log_file: Path
     _reactor: Any
+    on_line: Callable[[str], None] = lambda _: None
     _process: IProcessTransport | None = attrs.field(default=None, init=False)
     _ended: Deferred[None] | None = attrs.field(default=None, init=False)
     _again: IDelayedCall | None = attrs.field(default=None, init=False)
@@ -130,7 +134,7 @@ class Child(Service):
 
     def _spawn(self) -> None:
         self._process = self._reactor.spawnProcess(
-            _Output(self._gone, self.log_file),
+            _Output(self._gone, self._heard, self.log_file),
             self.command[0],
             list(self.command),
             env={**os.environ, **self.env},
@@ -141,6 +145,12 @@ class Child(Service):
             return
         with suppress(ProcessExitedAlready):  # then `_gone` is on its way
             self._process.signalProcess(name)
+
+    def _heard(self, line: str) -> None:
+        try:
+            self.on_line(line)
+        except Exception:  # noqa: BLE001  # whatever it is, the pipe must go on being read
+            log.failure("tier {tier}: cannot make use of what its server says", tier=self.tier)
 
     def _gone(self, reason: Failure, last_words: str) -> None:
         self._process = None
@@ -163,11 +173,14 @@ class Child(Service):
 
 @attrs.define(eq=False)
 class _Output(ProcessProtocol):
-    """Writes down what a child says; knows its last words on the day it ends."""
+    """Writes down what a child says, and tells it; knows its last words on the day it ends."""
 
     gone: Callable[[Failure, str], None]
+    heard: Callable[[str], None]
     path: Path
     _file: LogFile = attrs.field(init=False)
+    _out: Lines = attrs.field(factory=Lines, init=False)
+    _err: Lines = attrs.field(factory=Lines, init=False)
     _last: bytes = b""
 
     def connectionMade(self) -> None:
@@ -176,12 +189,22 @@ class _Output(ProcessProtocol):
         )
 
     def outReceived(self, data: bytes) -> None:
+        self._write(data, self._out)
+
+    def errReceived(self, data: bytes) -> None:
+        self._write(data, self._err)
+
+    def _write(self, data: bytes, lines: Lines) -> None:
         self._file.write(data)
         self._file.flush()
         self._last = (self._last + data)[-_LAST_WORDS:]
+        self._tell(lines.feed(data))
 
-    errReceived = outReceived
+    def _tell(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.heard(line)
 
     def processEnded(self, reason: Failure) -> None:
         self._file.close()
+        self._tell((*self._out.end(), *self._err.end()))
         self.gone(reason, self._last.decode("utf-8", "replace"))

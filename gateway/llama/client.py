@@ -9,7 +9,7 @@ llama-server when it is cancelled; that is how a client's leaving stops the work
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, Final, cast
 
@@ -305,11 +305,17 @@ class LlamaClient:
         Ask at most every 2 s: each answer restarts the second after which llama-server looks
         whether the clients of its other calls are still there.
         """
-        slots = await self._ask("GET", "/slots")
         try:
-            return sum(bool(slot["is_processing"]) for slot in slots)
+            return sum(bool(slot["is_processing"]) for slot in await self.slots())
         except (KeyError, TypeError):
             raise self._no_llama() from None
+
+    async def slots(self) -> Sequence[Mapping[str, Json]]:
+        """What ``GET /slots`` says of each slot; ask as seldom as for `busy_slots`."""
+        said = await self._ask("GET", "/slots")
+        if not isinstance(said, list):
+            raise self._no_llama()
+        return said
 
     async def apply_template(self, chat: Mapping[str, Json]) -> str:
         """The prompt that a chat-shaped body renders to."""

@@ -2,15 +2,13 @@
 What a llama-server says while it works, as records.
 
 It writes on stderr what its API does not tell: how far a prompt is evaluated, how fast, and when a
-slot is free again.  The words have changed over time; what stands here reads builds from 2025 on
-(docs/protocol.md, "What the server says"), plain or as ``--log-jsonl``.  Whatever else it says is
-not understood, and that is no error.
+slot is free again.  Its wording has changed over time; what is read here are builds from 2025 on,
+plain or with ``--log-jsonl``.  Whatever else it says is not understood, and that is no error.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Final
 
 import attrs
@@ -101,24 +99,26 @@ Said = Chosen | Started | Prefilling | Prefilled | Cancelled | Released
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
-    """`pattern`, in which ``#`` is a count and ``~`` a number; both short enough for any int()."""
-    known = pattern.replace("#", r"\s*([0-9]{1,12})").replace("~", r"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)")
-    return re.compile(known)
+    """`pattern`, where ``#`` is a count and ``~`` a number; neither is too long for int()."""
+    count, number = r" {0,16}([0-9]{1,12})\b", r" {0,16}([0-9]{1,9}(?:\.[0-9]{1,9})?)"
+    return re.compile(pattern.replace("#", count).replace("~", number))
 
 
-_SLOT: Final = _compiled(r"\bslot +\w+: id +#(?:| \| task (?:-1|#)) \| *")
-_SIMILAR: Final = _compiled(r"selected slot by LCP similarity, (?:f_)?sim(?:_best)? =~")
+_SLOT: Final = _compiled(r"\bslot +\S+ id# \| task (?:-1|#) \| ?")
+_SIMILAR: Final = _compiled(r"selected slot by LCP similarity, (?:f_)?sim_best =~")
 _OLDEST: Final = re.compile(r"selected slot by LRU")
 _STARTED: Final = re.compile(r"processing task\b")
 #: 2026: what this task evaluated.
 _NEW: Final = _compiled(
-    r"prompt processing, n_tokens =#, progress =~(?:, t =\s*[^ ]+ s /~ tokens per second)?"
+    r"prompt processing, n_tokens =#, progress =~(?:, t = {0,16}[0-9.]+ s /~ tokens per second)?"
 )
 #: Winter 2025: what the slot holds.
-_OLDER: Final = _compiled(r"prompt processing progress, n_tokens =#,(?: batch\.n_tokens =#,)? progress =~")
+_OLDER: Final = _compiled(
+    r"prompt processing progress, n_tokens =#,(?: batch\.n_tokens =#,)? progress =~"
+)
 #: 2025: likewise, under another name.
 _OLD: Final = _compiled(r"prompt processing progress, n_past =#, n_tokens =#, progress =~")
-_PREFILLED: Final = _compiled(r"\bprompt eval time =~ ms /# tokens")
+_PREFILLED: Final = _compiled(r" *prompt eval time =~ ms /# tokens")
 _CANCELLED: Final = _compiled(r"\bcancel task, id_task =#")
 _RELEASED: Final = _compiled(r"stop processing: n_(?:tokens|past) =#")
 
@@ -126,12 +126,13 @@ _RELEASED: Final = _compiled(r"stop processing: n_(?:tokens|past) =#")
 def read(line: str) -> Said | None:
     """What `line` says; None if it is nothing that matters here."""
     found = _SLOT.search(line)
-    if found is None or found[2] is None:
-        return _of_no_slot(line, None if found is None else int(found[1]))
-    return _of_slot(line[found.end() :], int(found[1]), int(found[2]))
+    if found is None:
+        return _of_no_slot(line)
+    text, slot = line[found.end() :], int(found[1])
+    return _before_a_task(text, slot) if found[2] is None else _of_task(text, slot, int(found[2]))
 
 
-def _of_slot(text: str, slot: int, task: int) -> Said | None:
+def _of_task(text: str, slot: int, task: int) -> Said | None:
     if said := _NEW.match(text):
         speed = None if said[3] is None else float(said[3])
         share = min(1.0, float(said[2]))
@@ -145,13 +146,14 @@ def _of_slot(text: str, slot: int, task: int) -> Said | None:
     return Started(slot, task) if _STARTED.match(text) else None
 
 
-def _of_no_slot(line: str, slot: int | None) -> Said | None:
-    """A line of no task; `slot` is chosen for the next one."""
-    if slot is not None:
-        if said := _SIMILAR.search(line):
-            return Chosen(slot, float(said[1]))
-        return Chosen(slot, None) if _OLDEST.search(line) else None
-    if said := _PREFILLED.search(line):
+def _before_a_task(text: str, slot: int) -> Said | None:
+    if said := _SIMILAR.match(text):
+        return Chosen(slot, float(said[1]))
+    return Chosen(slot, None) if _OLDEST.match(text) else None
+
+
+def _of_no_slot(line: str) -> Said | None:
+    if said := _PREFILLED.match(line):
         return Prefilled(None, None, int(said[2]), float(said[1]) / 1000)
     if said := _CANCELLED.search(line):
         return Cancelled(int(said[1]))
@@ -160,22 +162,23 @@ def _of_no_slot(line: str, slot: int | None) -> Said | None:
 
 @attrs.define
 class Lines:
-    """Cuts a stream of bytes into lines; of one longer than `LONGEST` only the beginning is kept."""
+    """Cuts a stream of bytes into lines; what is beyond `LONGEST` in one is dropped."""
 
     _rest: bytearray = attrs.field(factory=bytearray, init=False)
 
-    def feed(self, data: bytes) -> Iterator[str]:
+    def feed(self, data: bytes) -> list[str]:
         """The lines that `data` ends."""
+        lines = []
         *ended, rest = data.split(b"\n")
         for part in ended:
             self._keep(part)
-            yield self._take()
+            lines.append(self._take())
         self._keep(rest)
+        return lines
 
-    def end(self) -> Iterator[str]:
+    def end(self) -> list[str]:
         """What was begun and not ended."""
-        if self._rest:
-            yield self._take()
+        return [self._take()] if self._rest else []
 
     def _keep(self, part: bytes) -> None:
         self._rest += part[: LONGEST - len(self._rest)]

@@ -47,11 +47,18 @@ def rank(call: Call, route: Route) -> Rank:
 
 
 def next_to_go(waiting: Sequence[Waiting], held: Collection[str], now: float, ageing: float) -> int:
+    """The index of the next call among those that wait, not none; the rest as `in_order`."""
+    return in_order(waiting, held, now, ageing)[0]
+
+
+def in_order(
+    waiting: Sequence[Waiting], held: Collection[str], now: float, ageing: float
+) -> list[int]:
     """
-    The index of the next call.
+    The indices of all calls in the order in which they would go now.
 
     Args:
-        waiting: those that wait, not empty.
+        waiting: those that wait.
         held: the conversations that the slots hold; "" is none.
         now: seconds on the line's clock.
         ageing: seconds after which a call goes before all that waited less.
@@ -64,4 +71,4 @@ def next_to_go(waiting: Sequence[Waiting], held: Collection[str], now: float, ag
         is_held = bool(call.conversation) and call.conversation in held
         return True, call.rank, not is_held, call.arrived, index
 
-    return min(range(len(waiting)), key=place)
+    return sorted(range(len(waiting)), key=place)

@@ -26,7 +26,7 @@ from twisted.python.failure import Failure
 
 from gateway.llama.client import Lost
 from gateway.tier import constrained
-from gateway.tier.line import Ticket
+from gateway.tier.line import Permit, Ticket
 from gateway.tier.tier import Tier
 from gateway.wire import pulse
 from gateway.wire.errors import ApiError, unavailable
@@ -96,6 +96,31 @@ Ask = Callable[[Teller], Awaitable[None]]
 # --- how it is asked for ----------------------------------------------------------------------
 
 
+@attrs.frozen
+class _UnderWay:
+    """A call that has its permit; its progress ends before the permit goes to the next one."""
+
+    tier: Tier
+    ticket: Ticket
+    permit: Permit
+
+    def begin(self) -> None:
+        name, tokens = self.ticket.name, self.ticket.tokens
+        self.tier.progress.begin(name, tokens, idle=self.permit.idle)
+
+    def finished(self) -> None:
+        self.tier.progress.end(self.ticket.name)
+        self.permit.finished()
+
+    def cut(self) -> None:
+        self.tier.progress.end(self.ticket.name)
+        self.permit.cut()
+
+    def abandon(self) -> None:
+        self.tier.progress.end(self.ticket.name)
+        self.permit.abandon()
+
+
 async def from_model(
     tier: Tier,
     body: Mapping[str, Json],
@@ -122,15 +147,18 @@ async def from_model(
         Truncated: its answer did.
     """
     permit = await tier.line.join(ticket)
+    under_way = _UnderWay(tier, ticket, permit)
     try:
         try:
             started()
+            under_way.begin()
             answer = await tier.client.messages(body)
         except ApiError:
-            permit.finished()
+            under_way.finished()
             raise
         teller.commit()
         watch = tier.pace.watch(body)
+        tier.progress.expect(ticket.name, ticket.seen())
         parser = SSEParser()
 
         def receive(chunk: bytes) -> None:
@@ -138,6 +166,7 @@ async def from_model(
             try:
                 for event in parser.feed(chunk):
                     watch.token()
+                    tier.progress.token(ticket.name)
                     told += repair.feed(event)
             except EventTooLong as error:
                 raise ApiError("api_error", f"The model server sent {error}.") from None
@@ -145,12 +174,12 @@ async def from_model(
                 teller.tell(told)
 
         await answer.stream(receive, teller.meet)
-        permit.finished()
+        under_way.finished()
     except CancelledError:
-        permit.cut()
+        under_way.cut()
         raise
     finally:
-        permit.abandon()
+        under_way.abandon()
     if repair.usage.input is None:
         # llama-server forgot its message_start, the only place where it says this.
         with suppress(ApiError):  # the answer is whole, whatever it cost
@@ -172,19 +201,21 @@ async def under_schema(
 ) -> None:
     """As `from_model`, for an answer of at most `tokens` that must fit `schema`."""
     permit = await tier.line.join(ticket)
+    under_way = _UnderWay(tier, ticket, permit)
     try:
         try:
             started()
+            under_way.begin()
             completion = await constrained.complete(tier.client, body, schema, tokens)
         except ApiError:
-            permit.finished()
+            under_way.finished()
             raise
-        permit.finished()
+        under_way.finished()
     except CancelledError:
-        permit.cut()
+        under_way.cut()
         raise
     finally:
-        permit.abandon()
+        under_way.abandon()
     usage = repair.usage
     usage.input, usage.cached = completion.evaluated, completion.cached
     usage.output += completion.generated

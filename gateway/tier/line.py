@@ -61,11 +61,17 @@ class Ticket:
         rank: who waits for it.
         conversation: whose prompt it goes on with; "" for none.
         key: the same for the same call sent again, and for no other.
+        name: what the call is called in the log.
+        tokens: of its prompt, where they were counted.
+        seen: gives the share of the prompt that the server has likely kept.
     """
 
     rank: Rank = Rank.PERSON
     conversation: str = ""
     key: Callable[[], bytes] = lambda: b""
+    name: str = ""
+    tokens: int | None = None
+    seen: Callable[[], float] = lambda: 0.0
 
 
 @attrs.define(eq=False)
@@ -75,13 +81,15 @@ class Permit:
 
     `finished` gives it back at once: the upstream has ended its answer.  `abandon` and `cut` give
     it back when the slot is known to be idle; `cut` also keeps the caller's place.  The first
-    counts.
+    counts.  `idle` is for who hears it from the server itself.
     """
 
     _give_back: Callable[[], None]
-    _settle: Callable[[], None]
+    _settle: Callable[[Permit], None]
+    _settled: Callable[[Permit], None]
     _keep_place: Callable[[], None]
     _spent: bool = False
+    _is_idle: bool = False
 
     def finished(self) -> None:
         if not self._spent:
@@ -89,9 +97,19 @@ class Permit:
             self._give_back()
 
     def abandon(self) -> None:
-        if not self._spent:
+        if self._spent:
+            return
+        if self._is_idle:
+            self.finished()
+        else:
             self._spent = True
-            self._settle()
+            self._settle(self)
+
+    def idle(self) -> None:
+        """The server says that the slot is idle."""
+        self._is_idle = True
+        if self._spent:
+            self._settled(self)
 
     def cut(self) -> None:
         """The client is gone, and may come again."""
@@ -143,6 +161,7 @@ class Line:
     _held: deque[str] = attrs.field(init=False)
     _running: int = attrs.field(default=0, init=False)
     _settling: int = attrs.field(default=0, init=False)
+    _leaving: set[Permit] = attrs.field(factory=set, init=False)
     _pace: float = attrs.field(default=0.0, init=False)
     _change: Deferred[None] | None = attrs.field(default=None, init=False)
     _loop: Deferred[None] | None = attrs.field(default=None, init=False)
@@ -172,6 +191,12 @@ class Line:
                 place.turn.cancel()
             else:
                 self._drop(place)
+
+    def places(self) -> list[Ticket]:
+        """The waiting calls, in the order in which they would go now."""
+        waiting = [place for place in self._places if place.turn is not None]
+        indices = order.in_order(waiting, self._held, self._reactor.seconds(), self.ageing)
+        return [waiting[index].ticket for index in indices]
 
     @property
     def waiting(self) -> int:
@@ -300,16 +325,28 @@ class Line:
             self._running -= 1
             self._semaphore.release()
 
-        return Permit(give_back, self._settle, lambda: self._keep(place))
+        return Permit(give_back, self._settle, self._settled, lambda: self._keep(place))
 
     # --- slots whose call is gone -----------------------------------------------------------------
 
-    def _settle(self) -> None:
+    def _settle(self, permit: Permit) -> None:
         self._running -= 1
         self._settling += 1
+        self._leaving.add(permit)
         if self._asking is None:
             self._asking = Deferred.fromCoroutine(self._ask())
             self._asking.addErrback(_unless_cancelled)
+
+    def _settled(self, permit: Permit) -> None:
+        """The slot of `permit` is idle, unless it was found to be so already."""
+        if permit not in self._leaving:
+            return
+        self._leaving.discard(permit)
+        if len(self._leaving) < self._settling:
+            self._settling -= 1
+            self._semaphore.release()
+            if not self._settling and self._asking is not None:
+                self._asking.cancel()
 
     async def _ask(self) -> None:
         """Give back the permits of slots that have become idle, until none is out."""
@@ -318,10 +355,11 @@ class Line:
             while True:
                 known = self._settling
                 idle = await self._idle(known)
-                for _ in range(idle):
+                for _ in range(min(idle, self._settling)):
                     self._settling -= 1
                     self._semaphore.release()
                 if not self._settling:
+                    self._leaving.clear()
                     return
                 await deferLater(self._reactor, NEXT_ASK)
         finally:
@@ -335,6 +373,7 @@ class Line:
         client is gone.  A server that does not answer is down, or will not tell; either way it is
         not asked again.
         """
+        running = self._running
         try:
             busy = await self.busy_slots()
         except ApiError as error:
@@ -345,7 +384,8 @@ class Line:
         except Exception:  # noqa: BLE001  # whatever it is, no permit may be lost to it
             log.failure("cannot ask for the slots")
             return settling
-        return max(0, min(settling, self._running + settling - busy))
+        # Who began meanwhile may not be seen as busy yet.
+        return max(0, min(settling, min(running, self._running) + settling - busy))
 
 
 def _unless_cancelled(failure: Failure) -> None:

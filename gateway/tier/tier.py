@@ -20,6 +20,7 @@ from gateway.policy.template import Template
 from gateway.tier.count import Counter
 from gateway.tier.line import Line
 from gateway.tier.pace import Pace
+from gateway.tier.progress import Progress
 from gateway.wire.errors import ApiError, overloaded, stopping
 
 Json = Any
@@ -29,6 +30,9 @@ _FRESH: Final = 30.0
 
 #: Seconds between two looks whether a server has come.
 _LOOK: Final = 1.0
+
+#: Waiting calls whose turn is foreseen.
+_FORESEEN: Final = 20
 
 #: Conversations whose first switches are remembered.
 _REMEMBERED: Final = 1024
@@ -48,6 +52,7 @@ class Tier:
         line: where its calls wait.
         counter: counts its tokens.
         pace: how fast it is.
+        progress: how far its calls are.
     """
 
     name: str
@@ -56,6 +61,7 @@ class Tier:
     line: Line
     counter: Counter
     pace: Pace
+    progress: Progress
     _reactor: IReactorTime
     _props: Props | None = attrs.field(default=None, init=False)
     _awaiting: list[Deferred[None]] = attrs.field(factory=list, init=False)
@@ -68,7 +74,10 @@ class Tier:
     def of(cls, name: str, wanted: Wanted, client: LlamaClient, reactor: IReactorTime) -> Tier:
         """The tier that the configuration wants, in front of `client`."""
         line = Line(wanted.slots, wanted.max_waiting, wanted.ageing, client.busy_slots, reactor)
-        return cls(name, wanted, client, line, Counter(client), Pace(reactor.seconds), reactor)
+        pace = Pace(reactor.seconds)
+        ask = None if wanted.server is not None else client.slots
+        progress = Progress(wanted.slots, pace, reactor, ask, lambda: line.settling)
+        return cls(name, wanted, client, line, Counter(client), pace, progress, reactor)
 
     def start(self) -> None:
         """Let calls in."""
@@ -213,6 +222,16 @@ class Tier:
             if templates.rewrites(*renderings):
                 found.append(switch)
         return tuple(found)
+
+    def turns(self) -> dict[str, tuple[int, float | None]]:
+        """The place of each waiting call, from 1, and, for the first ones, its seconds to go."""
+        tickets = self.line.places()
+        needs = [self.progress.need(each.tokens, each.seen()) for each in tickets[:_FORESEEN]]
+        etas = self.progress.etas([*needs, *[None] * (len(tickets) - len(needs))])
+        return {
+            ticket.name: (place, eta)
+            for place, (ticket, eta) in enumerate(zip(tickets, etas, strict=True), 1)
+        }
 
     def status(self) -> Mapping[str, Json]:
         """For ``/status``: what was last known, asked of nobody."""

@@ -159,9 +159,7 @@ class Api:
 
     @app.route("/status", methods=["GET"])
     def status(self, request: BoundedRequest) -> bytes:
-        tiers = {name: tier.status() for name, tier in self.dispatch.tiers.items()}
-        status = {"version": self.version, "tiers": tiers, **self.dispatch.ledger.status()}
-        return _json(request, status)
+        return _json(request, {"version": self.version, **self.dispatch.status()})
 
     # --- the end of the day -----------------------------------------------------------------------
 

@@ -179,6 +179,7 @@ class Nursery:
     A child, its reactor, and what was logged.
 
     Attributes:
+        heard: the lines that the child's listener was told.
         told: the errors that were logged and meant.
     """
 
@@ -186,6 +187,7 @@ class Nursery:
     reactor: ProcessReactor
     log_file: Path
     events: list[LogEvent]
+    heard: list[str]
     told: list[str] = attrs.field(factory=list)
 
     @property
@@ -214,9 +216,10 @@ def nursery(
     """A child that was not started yet, and is stopped after the test."""
     monkeypatch.setenv("INHERITED", "yes")
     reactor, log_file = ProcessReactor(), tmp_path / "main.log"
+    heard: list[str] = []
     words = ["llama-server", "--api-key", "secret", "--port", "8081"]
-    child = Child("main", words, {"ADDED": "too"}, log_file, reactor)
-    yield Nursery(child, reactor, log_file, logged)
+    child = Child("main", words, {"ADDED": "too"}, log_file, reactor, heard.append)
+    yield Nursery(child, reactor, log_file, logged, heard)
     child.stopService()
     for process in reactor.started:
         if not process.reaped:
@@ -247,6 +250,33 @@ def test_its_output_goes_to_a_log_of_its_own(nursery: Nursery) -> None:
     nursery.process.protocol.outReceived(b"ready\n")
     assert nursery.log_file.read_bytes() == b"loading\nready\n"
     assert nursery.log_file.stat().st_mode & 0o777 == 0o600
+
+
+def test_its_output_is_heard_line_by_line(nursery: Nursery) -> None:
+    """Each of its outputs is cut into lines of its own, whatever the bytes are."""
+    nursery.child.startService()
+    nursery.process.says(b"slot 0\nslot")
+    nursery.process.protocol.outReceived(b"ready\n")
+    nursery.process.says(b" 1 \xff\r\nlast words")
+    assert nursery.heard == ["slot 0", "ready", "slot 1 \N{REPLACEMENT CHARACTER}"]
+    nursery.crash()
+    assert nursery.heard[3:] == ["last words"]
+
+
+def test_a_listener_that_fails_does_not_stop_the_reading(nursery: Nursery) -> None:
+    """What goes wrong with a line is logged, and the pipe is read on."""
+
+    def fail(line: str) -> None:
+        raise ValueError(line)
+
+    nursery.child.on_line = fail
+    nursery.child.startService()
+    nursery.process.says(b"one\ntwo\n")
+    nursery.process.says(b"three\n")
+    failed = [event for event in nursery.events if "log_failure" in event]
+    assert [str(event["log_failure"].value) for event in failed] == ["one", "two", "three"]
+    nursery.events.clear()
+    assert nursery.log_file.read_bytes() == b"one\ntwo\nthree\n"
 
 
 def test_a_child_is_asked_to_end(nursery: Nursery) -> None:

@@ -147,6 +147,26 @@ def test_a_server_that_is_gone_has_no_busy_slot() -> None:
     assert patient.permit is not None
 
 
+def test_a_server_that_says_that_its_slot_is_idle_is_not_asked() -> None:
+    """The permit comes back at once, whether the server said so before the caller left or after."""
+    scene = Scene()
+    scene.server.busy = 1
+    first, second, third = scene.join(), scene.join(), scene.join()
+    assert first.permit is not None
+    first.permit.abandon()
+    scene.clock.advance(0.5)
+    first.permit.idle()
+    assert second.permit is not None
+    second.permit.idle()
+    assert third.permit is None, "it has not left yet"
+    second.permit.abandon()
+    assert third.permit is not None
+    first.permit.idle()
+    assert scene.line.running == 1
+    scene.clock.advance(60)
+    assert scene.server.asked == 0
+
+
 def test_only_idle_slots_come_back() -> None:
     """Of two abandoned slots the one that still works keeps its permit."""
     scene = Scene(slots=2)

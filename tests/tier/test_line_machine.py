@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from gateway.policy.order import Rank
-from gateway.tier.line import FIRST_ASK, KEPT, NEXT_ASK
+from gateway.tier.line import FIRST_ASK, KEPT, NEXT_ASK, Permit
 from tests.tier.test_line import Caller, Scene
 
 AGEING = 30.0
@@ -38,13 +38,14 @@ class Calls(RuleBasedStateMachine):
     guests: list[Guest]
     #: Those that left or were cut off, and may come again.
     gone: list[Guest]
+    #: Permits of slots that work for nobody any more.
+    orphans: list[Permit]
 
     @initialize(slots=st.integers(1, 3))
     def begin(self, slots: int) -> None:
         self.scene = Scene(slots=slots, max_waiting=1000, ageing=AGEING)
         self.guests, self.gone, self.number = [], [], 0
-        #: Slots that work for nobody any more.
-        self.orphans = 0
+        self.orphans = []
 
     # --- who is where -----------------------------------------------------------------------------
 
@@ -57,7 +58,14 @@ class Calls(RuleBasedStateMachine):
         return [guest for guest in self.guests if guest.caller.permit is None]
 
     def _count_busy(self) -> None:
-        self.scene.server.busy = len(self.running) + self.orphans
+        self.scene.server.busy = len(self.running) + len(self.orphans)
+
+    def _orphan(self, permit: Permit, still_works: bool) -> None:
+        """Its slot works on, or is idle by now, which the server may have said already."""
+        if still_works:
+            self.orphans.append(permit)
+        else:
+            permit.idle()
 
     def _join(self, rank: Rank, conversation: str, key: bytes) -> None:
         caller = self.scene.join(rank, conversation=conversation, key=key)
@@ -91,7 +99,7 @@ class Calls(RuleBasedStateMachine):
     def fail(self, data: Any, still_works: bool) -> None:
         guest = data.draw(st.sampled_from(self.running))
         self.guests.remove(guest)
-        self.orphans += still_works
+        self._orphan(guest.caller.permit, still_works)
         guest.caller.permit.abandon()
 
     @precondition(lambda self: self.running)
@@ -100,7 +108,7 @@ class Calls(RuleBasedStateMachine):
         guest = data.draw(st.sampled_from(self.running))
         self.guests.remove(guest)
         self.gone.append(guest)
-        self.orphans += still_works
+        self._orphan(guest.caller.permit, still_works)
         guest.caller.permit.cut()
 
     @precondition(lambda self: self.gone)
@@ -111,9 +119,12 @@ class Calls(RuleBasedStateMachine):
         self._join(guest.rank, guest.conversation, guest.key)
 
     @precondition(lambda self: self.orphans)
-    @rule()
-    def a_slot_goes_idle(self) -> None:
-        self.orphans -= 1
+    @rule(data=st.data(), says_so=st.booleans())
+    def a_slot_goes_idle(self, data: Any, says_so: bool) -> None:
+        permit = data.draw(st.sampled_from(self.orphans))
+        self.orphans.remove(permit)
+        if says_so:
+            permit.idle()
 
     @rule(seconds=st.sampled_from([0.1, 0.6, FIRST_ASK, KEPT, NEXT_ASK, AGEING]))
     def time_passes(self, seconds: float) -> None:
@@ -140,7 +151,7 @@ class Calls(RuleBasedStateMachine):
         """When nobody comes any more everybody gets a turn, and no timer is left."""
         if not hasattr(self, "scene"):
             return
-        self.orphans = 0
+        self.orphans = []
         for _ in range(2 * len(self.guests) + 10):
             self._count_busy()
             self.scene.clock.advance(NEXT_ASK)

@@ -112,14 +112,16 @@ def test_a_client_may_leave_on_every_rung(rung: str) -> None:
 def test_a_client_may_leave_the_line_on_every_rung(rung: str) -> None:
     """The server never hears of it."""
     house = Household.built()
-    house.ask(turn("one"))
+    holder = house.ask(turn("one"))
     browser = house.ask(turn("two", stream=True))
     wait(house, RUNGS[rung])
     browser.leave()
     house.wait(2)
     assert house.line().waiting == 0
     assert len(house.main.held) == 1
-    assert_at_rest(house)
+    house.main.held[0].answer()
+    house.settle()
+    assert_at_rest(house, holder)
 
 
 def test_an_answer_under_a_schema_goes_on_from_the_start() -> None:
@@ -306,3 +308,56 @@ def test_who_waits_for_a_server_is_told_when_the_service_stops() -> None:
     house.settle()
     assert browser.status == 503
     assert_at_rest(house, browser)
+
+
+# --- what everybody can see -----------------------------------------------------------------------
+
+
+def test_the_status_shows_places_and_progress() -> None:
+    """Who runs shows how far its prompt is, who waits its place; nothing is made up."""
+    house = Household.built()
+    first, second = house.ask(turn("one")), house.ask(turn("two", stream=True))
+    running, waiting = house.api.dispatch.status()["calls"]
+    assert (running["place"], waiting["place"]) == (None, 1)
+    assert waiting["eta"] is None
+    assert running["progress"] == {
+        "done": None,
+        "total": None,
+        "fraction": None,
+        "tokens_per_second": None,
+        "seconds_left": None,
+    }
+    assert waiting["progress"] is None
+    house.main.held[0].answer()
+    house.settle()
+    (running,) = house.api.dispatch.status()["calls"]
+    assert running["place"] is None
+    house.main.held[1].answer()
+    house.settle()
+    assert house.api.dispatch.status()["calls"] == []
+    assert_at_rest(house, first, second)
+
+
+def test_the_next_turn_is_foreseen_by_what_was_measured() -> None:
+    """Once main has answered, a waiting call knows when it goes, and that comes nearer."""
+    house = Household.built(main=FakeLlama(n_ctx=100))
+    house.ask(turn("one"))
+    (held,) = house.main.held
+    held.begin()
+    house.wait(20)
+    held.send(*HELLO[:3])
+    house.wait(10)
+    held.send(HELLO[3], HELLO[4] | {"usage": {"output_tokens": 11}}, HELLO[5])
+    held.finish()
+    house.settle()
+    house.ask(turn("two"))
+    house.ask(turn("three"))
+
+    def waiting() -> Json:
+        return house.api.dispatch.status()["calls"][-1]
+
+    assert waiting()["place"] == 1
+    before = waiting()["eta"]
+    assert before > 10
+    house.wait(5)
+    assert waiting()["eta"] == pytest.approx(before - 5)
