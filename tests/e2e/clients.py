@@ -34,7 +34,7 @@ CLIENTS: Final = ROOT / ".cache/clients"
 VERSIONS: Final = ("newest", "2.1.36")
 
 #: Stands below the prompt of an interactive session that waits for its user.
-_READY: Final = "? for shortcuts"
+READY: Final = "? for shortcuts"
 
 
 def absent(what: str) -> NoReturn:
@@ -91,15 +91,23 @@ class Client:
         program: its command.
         folder: the project that it works in; its home lies beside it.
         settings: its settings, in a file.
+        trusted: a certificate that it trusts beside the usual ones.
     """
 
     program: Path
     folder: Path
     settings: Path
+    trusted: Path | None = None
 
     @classmethod
     def of(
-        cls, version: str, gateway: Running, place: Path, env: Mapping[str, str] | None = None
+        cls,
+        version: str,
+        gateway: Running,
+        place: Path,
+        env: Mapping[str, str] | None = None,
+        changes: Mapping[str, Json] | None = None,
+        trusted: Path | None = None,
     ) -> Client:
         """
         A client that was never used before.
@@ -109,20 +117,22 @@ class Client:
             gateway: where it is to send its calls.
             place: an empty folder for what it has.
             env: what to change in the ``env`` of the printed settings.
+            changes: what to put in place of other keys of the printed settings.
+            trusted: a certificate that it trusts beside the usual ones.
         """
         command = claude(version)
-        settings = printed_settings(gateway)
+        settings = {**printed_settings(gateway), **(changes or {})}
         settings["env"] |= env or {}
-        client = cls(command, place / "project", place / "settings.json")
+        client = cls(command, place / "project", place / "settings.json", trusted)
         client.settings.write_bytes(orjson.dumps(settings))
         client.folder.mkdir()
         client.home.mkdir()
         # What its first start would ask for: a theme, and whether this folder is trusted.
-        trusted = {"hasTrustDialogAccepted": True, "hasCompletedProjectOnboarding": True}
+        project = {"hasTrustDialogAccepted": True, "hasCompletedProjectOnboarding": True}
         known = {
             "hasCompletedOnboarding": True,
             "theme": "dark",
-            "projects": {str(client.folder.resolve()): trusted},
+            "projects": {str(client.folder.resolve()): project},
         }
         (client.home / ".claude.json").write_bytes(orjson.dumps(known))
         return client
@@ -135,7 +145,10 @@ class Client:
     def environment(self) -> dict[str, str]:
         """Made from nothing."""
         nowhere = "http://127.0.0.1:9"
+        # It is read when the program starts, before any settings are.
+        certificates = {} if self.trusted is None else {"NODE_EXTRA_CA_CERTS": str(self.trusted)}
         return {
+            **certificates,
             "HOME": str(self.home),
             "PATH": f"{program('node').parent}:/usr/bin:/bin:/usr/sbin:/sbin",
             "TERM": "xterm-256color",
@@ -168,16 +181,18 @@ class Client:
         return Said(done.returncode, done.stdout, done.stderr, time.monotonic() - began)
 
     @contextmanager
-    def session(self) -> Iterator[Session]:
-        """An interactive session that waits for its user."""
+    def session(self, *options: str, ready: str = READY) -> Iterator[Session]:
+        """An interactive session that waits for its user: it is `ready` when it shows that."""
         tmux = str(program("tmux"))
         # A folder of its own for the socket: its path must be short, and goes with it.
         with tempfile.TemporaryDirectory(prefix="claudegw-") as place:
             session = Session(tmux, {**self.environment, "TMUX_TMPDIR": place})
             size = ("-x", "120", "-y", "40")
-            session.tmux("new-session", "-d", *size, "-c", str(self.folder), *self.command)
+            session.tmux(
+                "new-session", "-d", *size, "-c", str(self.folder), *self.command, *options
+            )
             try:
-                session.wait_for(lambda screen: _READY in screen)
+                session.wait_for(lambda screen: ready in screen)
                 yield session
             finally:
                 session.tmux("kill-server")
@@ -197,7 +212,7 @@ class Session:
             capture_output=True,
             text=True,
             check=False,
-            timeout=30,
+            timeout=300,
         )
         assert done.returncode == 0, f"tmux {arguments[0]}: {done.stderr}"
         return done.stdout
@@ -206,7 +221,7 @@ class Session:
     def screen(self) -> str:
         return self.tmux("capture-pane", "-p")
 
-    def wait_for(self, shown: Callable[[str], bool], seconds: float = 120) -> None:
+    def wait_for(self, shown: Callable[[str], bool], seconds: float = 300) -> None:
         """Until the screen is as `shown` wants it."""
         if not eventually(lambda: shown(self.screen), seconds):
             raise AssertionError(f"the screen stays like this:\n{self.screen}")

@@ -71,7 +71,8 @@ class ScriptedLlama:
         script: decides what is answered.
         n_ctx: tokens that the slot holds.
         prefill: seconds that every prompt takes.
-        asked: every body of ``/v1/messages``, in the order in which the slot took them.
+        asked: every body of ``/v1/messages`` and ``/completion``, in the order in which the slot
+            took them.
         most_at_once: completions that were ever open at once, those that wait for the slot too.
     """
 
@@ -106,6 +107,18 @@ class ScriptedLlama:
             finally:
                 server.shutdown()
                 listening.join()
+
+    def completion(self, body: Json) -> Json:
+        """The answer to ``/completion``: what fits the schema that comes with the prompt."""
+        text = orjson.dumps(fitting(body["json_schema"])).decode()
+        size = tokens(body["prompt"])
+        return {
+            "content": text,
+            "stop_type": "eos",
+            "tokens_evaluated": size,
+            "tokens_predicted": tokens(text),
+            "timings": {"cache_n": 0, "prompt_n": size},
+        }
 
     @contextmanager
     def slot(self, body: Json) -> Iterator[None]:
@@ -170,6 +183,9 @@ class _Door(BaseHTTPRequestHandler):
                 self._json({"prompt": rendered(body)})
             case "/tokenize":
                 self._json({"tokens": list(range(tokens(body["content"])))})
+            case "/completion":
+                with self.llama.slot(body):
+                    self._json(self.llama.completion(body))
             case "/v1/messages/count_tokens":
                 self._json({"input_tokens": tokens(rendered(body))})
             case "/v1/messages":
@@ -265,6 +281,21 @@ def events(blocks: Sequence[Block], prompt: int) -> Iterator[Json]:
     why = {"stop_reason": "tool_use" if calls else "end_turn", "stop_sequence": None}
     yield {"type": "message_delta", "delta": why, "usage": {"output_tokens": generated}}
     yield {"type": "message_stop"}
+
+
+def fitting(schema: Json) -> Json:
+    """A value that fits `schema`, as far as Claude Code's schemas go: objects of plain values."""
+    match schema.get("type"):
+        case "object":
+            wanted = schema.get("required", ())
+            return {name: fitting(schema["properties"][name]) for name in wanted}
+        case "array":
+            return []
+        case "boolean":
+            return True
+        case "integer" | "number":
+            return schema.get("minimum", 0)
+    return schema["enum"][0] if "enum" in schema else "Seven gates"[: schema.get("maxLength")]
 
 
 def _said(block: Block) -> tuple[Json, list[Json]]:
