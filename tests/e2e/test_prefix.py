@@ -188,7 +188,7 @@ def test_a_later_prompt_begins_with_the_earlier(family: Family) -> None:
     if family.name in FORGETFUL:
         whole = requests(thinks=False) | requests(words=False)
 
-    @examples(150)
+    @examples(100)
     @given(whole)
     def check(conversation: list[Request]) -> None:
         prompts = family.conversation([request.body for request in conversation])
