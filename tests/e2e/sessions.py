@@ -44,6 +44,9 @@ QUIET: Final = 2.0
 #: Seconds that a step may take on a machine that has other work too, and a disk that is slow.
 PATIENCE: Final = 400.0
 
+#: Seconds without any call after a prompt was typed, after which Enter is pressed once more.
+UNHEARD: Final = 30.0
+
 #: Begins what the newest client says to its model when an agent is done.
 _NOTICE: Final = b"[SYSTEM NOTIFICATION"
 
@@ -276,6 +279,7 @@ class Step:
         confirmed: whether the client asks once more, and is told to go on.
         meanwhile: what is typed while the model works.
         noticed: whether it is over only when the model has been told that an agent is done.
+        keys: what is pressed instead of typing; each changes the screen.
     """
 
     prompt: str
@@ -283,6 +287,7 @@ class Step:
     confirmed: bool = False
     meanwhile: str = ""
     noticed: bool = False
+    keys: Sequence[str] = ()
 
 
 def step(prompt: str, both: str, newest: str = "", old: str = "", **more: Any) -> Step:
@@ -412,6 +417,8 @@ PLANS: Final = (
             turn("Please run a command", "title"),
             step("/effort low", "", confirmed=True),
             turn("Please read the file"),
+            step("(thinking off)", "", keys=("M-t", "Down", "Enter", "Enter")),
+            turn("And how many are left?"),
             step("/model claude-opus-5-5", "probe", confirmed=True),
             turn("How many are there?"),
         ),
@@ -504,7 +511,14 @@ class Stage:
             yield each, self.recorder.heard[before:]
 
     def _do(self, each: Step, session: Session, before: int) -> None:
+        if each.keys:
+            self._press(each.keys, session)
+            return
+        known = len(self.recorder.heard)
         session.type(each.prompt)
+        # On a busy machine the client may take the key for a part of what was typed.
+        if not eventually(lambda: len(self.recorder.heard) > known, UNHEARD):
+            session.tmux("send-keys", "Enter")
         if each.meanwhile:
             assert eventually(lambda: len(self.recorder.heard) > before, PATIENCE)
             session.type(each.meanwhile)
@@ -512,6 +526,13 @@ class Stage:
             self._confirm(session)
         # What does not come is the business of who looks at what came.
         eventually(lambda: self._is_over(each, before, session), PATIENCE)
+
+    def _press(self, keys: Sequence[str], session: Session) -> None:
+        for key in keys:
+            before = session.screen
+            session.tmux("send-keys", key)
+            session.wait_for(before.__ne__)
+            time.sleep(QUIET)
 
     def _confirm(self, session: Session) -> None:
         """Say yes, should the client ask."""
