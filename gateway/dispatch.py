@@ -8,7 +8,7 @@ and touches no socket (`gateway.tier` and `gateway.llama` do).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from hashlib import blake2b
 from typing import Any, Final, Protocol
 from uuid import uuid4
@@ -307,7 +307,7 @@ def _ticket(ready: _Prepared) -> Ticket:
         key,
         ready.record.id,
         ready.tokens,
-        partial(ready.tier.pace.seen, body),
+        cache(partial(ready.tier.pace.seen, body)),
     )
 
 
