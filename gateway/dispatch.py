@@ -20,10 +20,11 @@ from twisted.logger import Logger
 
 from gateway.config import RouteRule
 from gateway.ledger import Ledger, Record
-from gateway.policy import calls, order, patience, prefix, routes, tools
+from gateway.policy import calls, order, patience, prefix, routes, schema, tools
 from gateway.policy.calls import Call
 from gateway.policy.routes import Route
-from gateway.tier import answer, constrained
+from gateway.policy.schema import Form
+from gateway.tier import answer
 from gateway.tier.answer import Client, Teller
 from gateway.tier.line import Ticket
 from gateway.tier.tier import Tier
@@ -108,8 +109,7 @@ class Dispatch:
         """
         with self.ledger.call(caller.request_id) as record:
             request = wire.parse(raw)
-            if request.schema is not None:
-                constrained.usable(request.schema)
+            form = None if request.schema is None else schema.read(request.schema)
             one_call = tools.takes_one_call(request)
             repair = Repair(f"msg_{uuid4().hex}", request.model, one_call=one_call)
             record.usage = repair.usage
@@ -118,7 +118,7 @@ class Dispatch:
                 ready = await self._prepare(request, headers, caller, record)
                 repair.tier = ready.tier.name
                 teller.ready(partial(ready.tier.counter.count, ready.body))
-                await self._asking(ready, repair)(teller)
+                await self._asking(ready, form, repair)(teller)
 
             if not request.stream:
                 limit = patience.client_waits(headers)
@@ -268,7 +268,7 @@ class Dispatch:
         check()
         return check
 
-    def _asking(self, ready: _Prepared, repair: Repair) -> answer.Ask:
+    def _asking(self, ready: _Prepared, form: Form | None, repair: Repair) -> answer.Ask:
         """How the answer of `ready` is asked for, once somebody says how it is to be told."""
 
         def started() -> None:
@@ -276,14 +276,13 @@ class Dispatch:
             ready.check()
 
         how: Any = {"ticket": _ticket(ready), "started": started}
-        schema = ready.request.schema
-        if schema is None:
+        if form is None:
             return partial(answer.from_model, ready.tier, ready.body, repair, **how)
         tokens = ready.body["max_tokens"]
         if _is_bounded(ready.call, ready.route):
             tokens = min(tokens, ready.tier.config.schema_tokens)
         under = answer.under_schema if ready.request.is_bound else answer.words_under_schema
-        return partial(under, ready.tier, ready.body, schema, repair, tokens=tokens, **how)
+        return partial(under, ready.tier, ready.body, form, repair, tokens=tokens, **how)
 
 
 def _at_most(body: Mapping[str, Json]) -> int:

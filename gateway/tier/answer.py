@@ -25,6 +25,7 @@ from twisted.internet.interfaces import IDelayedCall, IPushProducer, IReactorTim
 from twisted.python.failure import Failure
 
 from gateway.llama.client import Lost
+from gateway.policy.schema import Form
 from gateway.tier import constrained
 from gateway.tier.line import Permit, Ticket
 from gateway.tier.tier import Tier
@@ -191,7 +192,7 @@ async def from_model(
 async def under_schema(
     tier: Tier,
     body: Mapping[str, Json],
-    schema: Mapping[str, Json],
+    form: Form,
     repair: Repair,
     teller: Teller,
     *,
@@ -199,14 +200,14 @@ async def under_schema(
     ticket: Ticket,
     started: Callable[[], None],
 ) -> None:
-    """As `from_model`, for an answer of at most `tokens` that must fit `schema`."""
+    """As `from_model`, for an answer of at most `tokens` that must have this form."""
     permit = await tier.line.join(ticket)
     under_way = _UnderWay(tier, ticket, permit)
     try:
         try:
             started()
             under_way.begin()
-            completion = await constrained.complete(tier.client, body, schema, tokens)
+            completion = await constrained.complete(tier.client, body, form, tokens)
         except ApiError:
             under_way.finished()
             raise
@@ -226,7 +227,7 @@ async def under_schema(
         "role": "assistant",
         "model": repair.model,
         "content": [{"type": "text", "text": completion.text}],
-        "stop_reason": "end_turn",
+        "stop_reason": "max_tokens" if completion.stopped == "limit" else "end_turn",
         "stop_sequence": None,
         "usage": usage.as_json(),
     }
@@ -237,7 +238,7 @@ async def under_schema(
 async def words_under_schema(
     tier: Tier,
     body: Mapping[str, Json],
-    schema: Mapping[str, Json],
+    form: Form,
     repair: Repair,
     teller: Teller,
     *,
@@ -256,12 +257,12 @@ async def words_under_schema(
     await from_model(tier, body, repair, free, **how)
     message = free.message()
     words = "".join(block["text"] for block in message["content"] if block["type"] == "text")
-    if message["stop_reason"] == "tool_use" or constrained.fits(constrained.usable(schema), words):
+    if message["stop_reason"] == "tool_use" or (form.is_exact and form.fits(words)):
         teller.tell(free.events)
         return
     told = {**(body.get("chat_template_kwargs") or {}), "enable_thinking": False}
     bound = {**body, "chat_template_kwargs": told}
-    await under_schema(tier, bound, schema, repair, teller, tokens=tokens, **how)
+    await under_schema(tier, bound, form, repair, teller, tokens=tokens, **how)
 
 
 # --- how it is told ---------------------------------------------------------------------------

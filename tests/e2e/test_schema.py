@@ -2,52 +2,90 @@
 
 from __future__ import annotations
 
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
 
 import orjson
 import pytest
+from hypothesis import HealthCheck, Phase, given, settings
 from jsonschema import Draft202012Validator
 
 from tests.e2e.stack import Running
+from tests.schemas import answers
 
-CLAUDE_CODE = {"user-agent": "claude-cli/2.1.330 (external, cli)"}
+#: Random schemas that each tier is asked to answer under; `bench.schemas` asks for more.
+MANY: Final = 40
 
-
-def an_object(**properties: Any) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": list(properties),
-        "additionalProperties": False,
-    }
-
-
-SCHEMAS = {
-    "title": an_object(title={"type": "string"}),
-    "verdict": an_object(ok={"type": "boolean"}, reason={"type": "string"}),
-    "list": an_object(files={"type": "array", "items": {"type": "string"}}),
-    "nested": an_object(
-        steps={"type": "array", "items": an_object(name={"type": "string"}, n={"type": "integer"})}
-    ),
-    "choice": an_object(colour={"enum": ["red", "green"]}, share={"type": "number"}),
-    "either": an_object(value={"anyOf": [{"type": "string"}, {"type": "null"}]}),
+EVERY_KIND: Final = {
+    "type": "object",
+    "properties": {
+        "title": {"type": "string"},
+        "files": {"type": "array", "items": {"type": "string"}},
+        "colour": {"enum": ["red", "green"]},
+        "share": {"type": "number", "minimum": 0, "maximum": 1},
+        "day": {"type": "string", "format": "date"},
+        "hash": {"type": "string", "pattern": "^[0-9a-f]{7}$"},
+        "value": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        "steps": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": {"name": {"type": "string"}, "n": {"type": "integer"}},
+                "required": ["name", "n"],
+            },
+        },
+    },
+    "required": ["title", "files", "colour", "share", "day", "hash", "value", "steps"],
+    "additionalProperties": False,
 }
 
 
-@pytest.mark.server
-@pytest.mark.parametrize(
-    ("tier", "name"), [*(("small", name) for name in SCHEMAS), ("main", "title"), ("main", "list")]
-)
-def test_the_answer_fits(gateway: Running, tier: str, name: str) -> None:
-    """Whatever a tiny model would rather say, the answer is JSON of the wanted shape."""
+def told(gateway: Running, tier: str, schema: Any, max_tokens: int) -> str:
+    """The text of an answer that was not cut off."""
     body = {
         "model": f"claudegw-{tier}",
-        "max_tokens": 32_000,
-        "output_config": {"format": {"type": "json_schema", "schema": SCHEMAS[name]}},
+        "max_tokens": max_tokens,
+        "output_config": {"format": {"type": "json_schema", "schema": schema}},
         "messages": [{"role": "user", "content": "Name this session: mend the login page."}],
     }
-    status, message = gateway.ask("/v1/messages", body, CLAUDE_CODE)
+    status, message = gateway.ask("/v1/messages", body)
     assert status == 200, message
     (block,) = message["content"]
-    Draft202012Validator(SCHEMAS[name]).validate(orjson.loads(block["text"]))
-    assert message["stop_reason"] == "end_turn"
+    assert message["stop_reason"] == "end_turn", block
+    assert message["usage"]["output_tokens"] <= max_tokens
+    return str(block["text"])
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("tier", ["small", "main"])
+def test_the_answer_fits(gateway: Running, tier: str) -> None:
+    """Whatever a tiny model would rather say, the answer is JSON of the wanted shape."""
+    text = told(gateway, tier, EVERY_KIND, 32_000)
+    Draft202012Validator(EVERY_KIND).validate(orjson.loads(text))
+
+
+@pytest.mark.server
+def test_random_schemas_are_held_to(gateway: Running) -> None:
+    """Hundreds of random schemas, on both tiers at once: each answer fits, none is cut off."""
+    asked = 0
+    with ThreadPoolExecutor(2) as threads:
+
+        @settings(
+            max_examples=MANY,
+            deadline=None,
+            database=None,
+            derandomize=True,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(answers())
+        def hold(schema: Any) -> None:
+            nonlocal asked
+            validator = Draft202012Validator(schema)
+            tiers = ("small", "main")
+            for text in threads.map(lambda tier: told(gateway, tier, schema, 160), tiers):
+                validator.validate(orjson.loads(text))
+                asked += 1
+
+        hold()
+    assert asked >= 2 * MANY

@@ -1,0 +1,105 @@
+"""
+Random schemas, asked of both tiers: how many answers fit, how long they take.
+
+``python -m bench.schemas [--many N] [--seed S]`` starts the embedded servers and a gateway, draws N
+schemas of the supported kind (`tests.schemas`) and asks each tier for an answer of at most 160
+tokens under each of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import quantiles
+from typing import Any
+
+import orjson
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from jsonschema import Draft202012Validator
+
+from tests.e2e.stack import GEMMA, SMOLLM, Running, start_gateway, start_server
+from tests.schemas import answers
+
+TOKENS = 160
+
+
+def drawn(many: int, number: int) -> list[Any]:
+    """So many random schemas, the same for the same seed."""
+    found: list[Any] = []
+
+    @seed(number)
+    @settings(
+        max_examples=many,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(answers())
+    def draw(schema: Any) -> None:
+        found.append(schema)
+
+    draw()
+    return found
+
+
+def asked(gateway: Running, tier: str, schema: Any) -> tuple[str, float]:
+    """What became of one question, and its seconds."""
+    body = {
+        "model": f"claudegw-{tier}",
+        "max_tokens": TOKENS,
+        "output_config": {"format": {"type": "json_schema", "schema": schema}},
+        "messages": [{"role": "user", "content": "Name this session: mend the login page."}],
+    }
+    began = time.monotonic()
+    status, message = gateway.ask("/v1/messages", body)
+    took = time.monotonic() - began
+    if status != 200:
+        return f"{status}: {message['error']['message']}", took
+    if message["stop_reason"] != "end_turn":
+        return "cut off", took
+    value = orjson.loads(message["content"][0]["text"])
+    return "fits" if Draft202012Validator(schema).is_valid(value) else "does not fit", took
+
+
+def main() -> int:
+    """Print a row a tier; 0 where every answer fits."""
+    options = argparse.ArgumentParser(prog="python -m bench.schemas")
+    options.add_argument("--many", type=int, default=300)
+    options.add_argument("--seed", type=int, default=1)
+    chosen = options.parse_args()
+    schemas = drawn(chosen.many, chosen.seed)
+    folder = Path(tempfile.mkdtemp(prefix="claudegw-schemas-"))
+    servers = {
+        "main": start_server(folder, "main", *GEMMA, "--ctx-size", "32768"),
+        "small": start_server(folder, "small", *SMOLLM, "--ctx-size", "8192", "--parallel", "2"),
+    }
+    tiers = {name: {"url": server.url, "slots": 1} for name, server in servers.items()}
+    gateway = start_gateway(folder, tiers)
+    all_fit = True
+    try:
+        with ThreadPoolExecutor(len(tiers)) as threads:
+
+            def row(tier: str) -> str:
+                nonlocal all_fit
+                found = [asked(gateway, tier, schema) for schema in schemas]
+                outcomes = [outcome for outcome, _ in found]
+                all_fit &= set(outcomes) == {"fits"}
+                counts = {outcome: outcomes.count(outcome) for outcome in dict.fromkeys(outcomes)}
+                cuts = quantiles([seconds for _, seconds in found], n=20)
+                return f"{tier}: {counts}; p50 {cuts[9]:.2f} s, p95 {cuts[18]:.2f} s"
+
+            for line in threads.map(row, tiers):
+                print(line, flush=True)
+    finally:
+        for running in (gateway, *servers.values()):
+            running.stop()
+    return 0 if all_fit else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
