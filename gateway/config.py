@@ -53,10 +53,11 @@ def is_loopback(listen: str) -> bool:
     for part in re.split(r"(?<!\\):", listen)[1:]:
         if part.startswith("interface="):  # of several, Twisted takes the last
             address = part.removeprefix("interface=").replace("\\", "")
-    return address == "localhost" or _is_loopback_address(address)
+    return address == "localhost" or is_loopback_address(address)
 
 
-def _is_loopback_address(text: str) -> bool:
+def is_loopback_address(text: str) -> bool:
+    """Whether `text` is an address that only this machine can reach."""
     try:
         return ipaddress.ip_address(text).is_loopback
     except ValueError:
@@ -65,7 +66,12 @@ def _is_loopback_address(text: str) -> bool:
 
 def is_listenable(listen: str) -> bool:
     """Whether this is an endpoint string of a kind that a gateway can listen on."""
-    return listen.startswith(("tcp:", "unix:", "systemd:"))
+    return listen.startswith(("tcp:", "unix:")) or is_handed_over(listen)
+
+
+def is_handed_over(listen: str) -> bool:
+    """Whether somebody else opens the socket: then only the socket says where it listens."""
+    return listen.startswith(("systemd:", "launchd:"))
 
 
 def is_upstream(url: str) -> bool:
@@ -139,6 +145,7 @@ class Gateway:
 
     Attributes:
         listen: a Twisted endpoint string.
+        url: where clients on this machine find us; None where `listen` says it.
         state_dir: what outlives the process; made with mode 0700.
         token: what clients must show; needed to listen on other addresses than loopback.
         hosts: names under which clients may address us, beside the loopback ones.
@@ -150,6 +157,13 @@ class Gateway:
     listen: str = attrs.field(
         default="tcp:9090:interface=127.0.0.1",
         metadata=_must('a Twisted endpoint such as "tcp:9090"', is_listenable),
+    )
+    url: str | None = attrs.field(
+        default=None,
+        metadata=_must(
+            '"http://host:port"',
+            lambda url: url is None or (url.startswith("http:") and is_upstream(url)),
+        ),
     )
     state_dir: Path = Path("~/.local/share/claudegw")
     token: str | None = attrs.field(default=None, metadata=_filled, repr=False)
@@ -302,10 +316,11 @@ def _contradictions(config: Config, kinds: tuple[str, ...]) -> Iterator[str]:
             yield f'route[{number}].kind: expected one of {", ".join(kinds)}, got "{rule.kind}"'
         if rule.model is None and rule.kind is None:
             yield f"route[{number}]: expected a model or a kind; without both it matches every call"
-    if not is_loopback(config.gateway.listen) and config.gateway.token is None:
+    listen = config.gateway.listen
+    known = is_loopback(listen) or is_handed_over(listen)  # the latter: daemon/sockets.py looks
+    if not known and config.gateway.token is None:
         yield (
-            "gateway.token: expected a token, since gateway.listen is not on loopback:"
-            f' "{config.gateway.listen}"'
+            f'gateway.token: expected a token, since gateway.listen is not on loopback: "{listen}"'
         )
 
 
