@@ -19,12 +19,14 @@ from twisted.application import strports
 from twisted.application.internet import backoffPolicy
 from twisted.application.service import MultiService, Service
 from twisted.internet.defer import CancelledError, Deferred, gatherResults
-from twisted.internet.endpoints import serverFromString
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 from twisted.python import usage
 
 from gateway.config import Config, ConfigError, load
+from gateway.daemon.log import Logged, log_file
+from gateway.daemon.notify import READY, notify, stopping
+from gateway.daemon.sockets import check_door
 from gateway.dispatch import Dispatch
 from gateway.ledger import Ledger
 from gateway.llama.child import Child, command
@@ -54,22 +56,15 @@ class Options(usage.Options):
     ]
 
     def postOptions(self) -> None:
+        self.log_file = log_file(self.parent)
         try:
             self.path = Path(self["config"]).absolute()
             self.loaded = load(self.path, KINDS)
-            _check_listen(self.loaded.gateway.listen)
+            check_door(self.loaded.gateway)
             _make_state_dir(self.loaded.gateway.state_dir)
         except ConfigError as error:
             lines = "\n  ".join(error.mistakes)
             raise usage.UsageError(f"{self['config']} cannot be used:\n  {lines}") from None
-
-
-def _check_listen(listen: str) -> None:
-    """Raise ConfigError where Twisted cannot make an endpoint of `listen`; none is opened."""
-    try:
-        serverFromString(None, listen)
-    except (ValueError, TypeError, KeyError, LookupError) as error:
-        raise ConfigError([f"gateway.listen: no endpoint that Twisted knows: {error}"]) from None
 
 
 def _make_state_dir(state_dir: Path) -> None:
@@ -85,7 +80,9 @@ def makeService(options: Options) -> Service:
     """The service that twistd runs."""
     from twisted.internet import reactor  # importing it installs it
 
-    return House.built(options.loaded, options.path, reactor)
+    process = Logged(options.log_file)
+    House.built(options.loaded, options.path, reactor).setServiceParent(process)
+    return process
 
 
 @attrs.define(eq=False)
@@ -143,7 +140,7 @@ class House(MultiService):
             version=self.api.version,
             listen=self.config.gateway.listen,
         )
-
+        notify(READY)
         self._announcing = Deferred.fromCoroutine(self._announce())
         self._announcing.addErrback(lambda failure: failure.trap(CancelledError))
 
@@ -169,6 +166,7 @@ class House(MultiService):
     async def _stop(self) -> None:
         """Let nobody in, let the answers under way end, stop the children: in this order."""
         self.running = False
+        notify(stopping(self.config.gateway.grace))
         if self._announcing is not None:
             self._announcing.cancel()
         await self._door.stopService()

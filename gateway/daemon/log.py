@@ -1,0 +1,88 @@
+"""
+The log of a process that runs for months: one file, rotated, of which few old ones are kept.
+
+twistd rotates the file of its ``--logfile`` as well, but keeps every old one for ever.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final
+
+import attrs
+from twisted.application.service import MultiService
+from twisted.logger import ILogObserver, textFileLogObserver
+from twisted.python.logfile import LogFile
+from twisted.python.usage import Options
+
+from gateway.daemon import BEFORE_THE_LOG
+
+#: Bytes of one log file, and how many old ones are kept.
+_SIZE: Final = 10 * 1024 * 1024
+_OLD: Final = 3
+
+#: Bytes of what launchd writes down itself.
+_BEFORE_SIZE: Final = 1024 * 1024
+
+
+def log_file(twistd: Options | None) -> Path | None:
+    """
+    The file that twistd was told to log to, with `twistd` its own options.
+
+    None for a log that goes elsewhere: to a terminal, to systemd's journal.
+    """
+    if twistd is None or twistd.get("logger") or twistd.get("syslog"):
+        return None
+    foreground = twistd.get("nodaemon") or twistd.get("debug")
+    name = twistd.get("logfile") or ("-" if foreground else "twistd.log")
+    if name == "-":
+        return None
+    path = Path(name).absolute()
+    _cut(path.with_name(BEFORE_THE_LOG))
+    return path
+
+
+def _cut(path: Path) -> None:
+    """Empty the file at `path` if it is our output and long; launchd appends to it."""
+    with suppress(OSError):  # mostly there is none
+        found = path.stat()
+        if os.path.samestat(found, os.fstat(1)) and found.st_size > _BEFORE_SIZE:
+            os.truncate(path, 0)
+
+
+@attrs.define(eq=False)
+class Logged(MultiService):
+    """
+    A process whose log goes to a file that is bounded.
+
+    Attributes:
+        path: the file; None leaves the log to twistd.
+    """
+
+    path: Path | None
+
+    def __attrs_post_init__(self) -> None:
+        super().__init__()
+
+    def setServiceParent(self, parent: Any) -> None:
+        if self.path is not None:
+            parent.setComponent(ILogObserver, observer(self.path))
+        super().setServiceParent(parent)
+
+
+def observer(path: Path) -> ILogObserver:
+    """What writes the log to the file at `path`; as twistd's own, it rotates on SIGUSR1, too."""
+    file = LogFile.fromFullPath(
+        str(path), rotateLength=_SIZE, maxRotatedFiles=_OLD, defaultMode=0o600
+    )
+
+    def rotate(*_: Any) -> None:
+        from twisted.internet import reactor  # importing it installs it
+
+        reactor.callFromThread(file.rotate)  # type: ignore[attr-defined]
+
+    signal.signal(signal.SIGUSR1, rotate)
+    return textFileLogObserver(file)
