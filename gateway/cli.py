@@ -3,12 +3,15 @@ The ``claudegw`` command.
 
 ``claudegw settings`` prints what Claude Code needs to work well on this gateway, with the windows
 that the running gateway measured (docs/protocol.md, "The client's settings").  ``claudegw status``
-shows what that gateway does: its models, the calls under way, those in line.
+shows what that gateway does: its models, the calls under way, those in line.  ``claudegw launchd``
+prints what makes launchd start it.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import plistlib
 import shlex
 import sys
 import time
@@ -20,11 +23,13 @@ from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 from rich.console import Console
 
 from gateway import status_page
-from gateway.config import Config, ConfigError, load
+from gateway.config import Config, ConfigError, Gateway, load
+from gateway.daemon.launchd import LABEL, Installation, install, launch_agent
 from gateway.policy.calls import KINDS
 from gateway.policy.routes import MAIN, MODEL_PREFIX, SMALL
 
@@ -44,9 +49,9 @@ class Unusable(Exception):
     """The command cannot do what it was asked; the message says what to do."""
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
-    options = _parser().parse_args(arguments)
+def main(arguments: Sequence[str] | None = None, platform: str = sys.platform) -> int:
+    """Run the command on a machine of the kind `platform`; returns its exit status."""
+    options = _parser().parse_args(arguments, Namespace(platform=platform))
     try:
         options.run(load(options.config, KINDS), options)
     except ConfigError as error:
@@ -74,6 +79,8 @@ def _parser() -> ArgumentParser:
     wanted = command("status", _status, "show what the running gateway does, live")
     wanted.add_argument("--once", action="store_true", help="show it once; so does a pipe")
     wanted.add_argument("--json", action="store_true", help="print it once, as the gateway says it")
+    wanted = command("launchd", _launchd, "print a LaunchAgent that starts the gateway on a Mac")
+    wanted.add_argument("--install", action="store_true", help="put it into its place instead")
     return parser
 
 
@@ -99,6 +106,28 @@ def _status(config: Config, options: Namespace) -> None:
         status_page.watch(console, ask, partial(time.sleep, _REFRESH))
 
 
+def _launchd(config: Config, options: Namespace) -> None:
+    gateway, twistd = config.gateway, Path(sys.executable).with_name("twistd")
+    path = os.environ.get("PATH", "")
+    here = Installation(twistd, options.config.absolute(), Path.cwd(), path)
+    try:
+        agent = launch_agent(gateway, here)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from None
+    if not options.install:
+        print(plistlib.dumps(agent).decode(), end="")
+        return
+    if options.platform != "darwin":
+        raise Unusable("launchd is a Mac's; on Linux use etc/systemd (docs/operations.md).")
+    try:
+        path = shlex.quote(str(install(agent, Path.home(), gateway.state_dir)))
+    except OSError as error:
+        raise Unusable(f"{error.filename}: {error.strerror}") from None
+    domain = f"gui/{os.getuid()}"
+    print(f"launchctl bootstrap {domain} {path}")
+    print(f"launchctl kickstart {domain}/{LABEL}")
+
+
 def settings(config: Config, windows: Mapping[str, int]) -> dict[str, Json]:
     """
     A Claude Code settings file for this gateway.
@@ -111,7 +140,7 @@ def settings(config: Config, windows: Mapping[str, int]) -> dict[str, Json]:
     small_model = MODEL_PREFIX + (SMALL if SMALL in config.tier else MAIN)
     window = windows[MAIN]
     env = {
-        "ANTHROPIC_BASE_URL": base_url(config.gateway.listen),
+        "ANTHROPIC_BASE_URL": _url(config.gateway),
         "ANTHROPIC_AUTH_TOKEN": config.gateway.token or "none",
         "ANTHROPIC_MODEL": main_model,
         "ANTHROPIC_DEFAULT_OPUS_MODEL": main_model,
@@ -153,27 +182,30 @@ def longest_answer(window: int) -> int:
     return max(1024, min(_ANSWER, (window - _RESERVE) // 4))
 
 
+def _url(gateway: Gateway) -> str:
+    """Where a client on this machine finds the gateway; raises Unusable."""
+    return gateway.url or base_url(gateway.listen)
+
+
 def base_url(listen: str) -> str:
     """
     The URL under which a client on this machine reaches the endpoint `listen`.
 
     Raises:
-        Unusable: Claude Code cannot reach it.
+        Unusable: Claude Code cannot reach it, or the endpoint does not say where it is.
     """
-    host, port = _address(listen)
-    return f"http://{host}:{port}"
-
-
-def _address(listen: str) -> tuple[str, int]:
     kind, *parts = listen.replace("\\:", "\0").split(":")
     if kind != "tcp":
-        raise Unusable(f"Claude Code needs a TCP port, and gateway.listen is {listen!r}.")
+        raise Unusable(
+            f"Claude Code needs a TCP port, and gateway.listen is {listen!r};"
+            " say it as url in [gateway] if there is one."
+        )
     named = dict(part.split("=", 1) for part in parts if "=" in part)
     port = named.get("port") or parts[0]
     host = named.get("interface", "").replace("\0", ":")
     if host in ("", "0.0.0.0", "::", "localhost"):  # noqa: S104  # nothing is bound here
         host = "127.0.0.1"
-    return (f"[{host}]" if ":" in host else host), int(port)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _models(config: Config) -> dict[str, int]:
@@ -197,9 +229,9 @@ def _ask(config: Config, path: str) -> Json:
     Raises:
         Unusable: there is none, or it refuses.
     """
-    host, port = _address(config.gateway.listen)
+    parts = urlsplit(_url(config.gateway))
     headers = {"x-api-key": config.gateway.token} if config.gateway.token else {}
-    connection = HTTPConnection(host.strip("[]"), port, timeout=30)
+    connection = HTTPConnection(parts.hostname or "", parts.port, timeout=30)
     try:
         connection.request("GET", path, headers=headers)
         answer = connection.getresponse()
@@ -214,9 +246,8 @@ def _ask(config: Config, path: str) -> Json:
 
 
 def _no_gateway(config: Config, why: object) -> Unusable:
-    host, port = _address(config.gateway.listen)
     return Unusable(
-        f"No gateway answers at http://{host}:{port} ({why}). Start it first:"
+        f"No gateway answers at {_url(config.gateway)} ({why}). Start it first:"
         " twistd -n claudegw --config FILE"
     )
 

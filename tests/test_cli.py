@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import plistlib
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -61,6 +63,15 @@ def test_a_unix_socket_has_no_base_url() -> None:
     """Claude Code cannot use a unix socket, and the message says so."""
     with pytest.raises(Unusable, match="needs a TCP port"):
         base_url("unix:/tmp/claudegw.sock")
+
+
+def test_a_url_of_its_own() -> None:
+    """Where the endpoint does not say it, the configuration says where clients find us."""
+    gateway = {"listen": "systemd:domain=INET:index=0", "url": "http://127.0.0.1:9091"}
+    config = parse({"gateway": gateway, "tier": {"main": MAIN}}, KINDS)
+    assert settings(config, {"main": 65536})["env"]["ANTHROPIC_BASE_URL"] == gateway["url"]
+    with pytest.raises(Unusable, match="say it as url in"):
+        base_url(gateway["listen"])
 
 
 def test_without_a_gateway_it_says_what_to_do(
@@ -244,3 +255,75 @@ def test_the_settings_of_a_running_gateway(door: Door, capsys: pytest.CaptureFix
     assert main(["settings", "--shell", "--config", str(door.config)]) == 0
     assert "export ANTHROPIC_AUTH_TOKEN=key\n" in capsys.readouterr().out
     assert door.asked == [("/v1/models", "key")] * 2
+
+
+# --- launchd --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's home in which a configuration lies, and where the user is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gw.toml").write_text(
+        f"[gateway]\nstate_dir = '{tmp_path}/state'\n[tier.main]\nurl = 'http://h:2'\n"
+    )
+    return tmp_path
+
+
+def test_the_launch_agent_is_printed(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is a plist of absolute paths, and nothing is written."""
+    assert main(["launchd", "--config", "gw.toml"]) == 0
+    agent = plistlib.loads(capsys.readouterr().out.encode())
+    twistd, *_, config = agent["ProgramArguments"]
+    assert (Path(twistd).name, config) == ("twistd", str(home / "gw.toml"))
+    assert Path(twistd).exists()
+    assert agent["WorkingDirectory"] == str(home)
+    assert [path.name for path in home.iterdir()] == ["gw.toml"]
+
+
+def test_the_launch_agent_is_installed(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It lies where launchd looks for it, and two lines are left to be typed."""
+    assert main(["launchd", "--config", "gw.toml"]) == 0
+    printed = plistlib.loads(capsys.readouterr().out.encode())
+    assert main(["launchd", "--config", "gw.toml", "--install"], platform="darwin") == 0
+    path = home / "Library/LaunchAgents/local.claudegw.plist"
+    assert plistlib.loads(path.read_bytes()) == printed
+    domain = f"gui/{os.getuid()}"
+    assert capsys.readouterr().out.splitlines() == [
+        f"launchctl bootstrap {domain} {path}",
+        f"launchctl kickstart {domain}/local.claudegw",
+    ]
+
+
+def test_a_launch_agent_is_a_macs(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On another machine it is not installed, and one sentence says so."""
+    assert main(["launchd", "--config", "gw.toml", "--install"], platform="linux") == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("claudegw: launchd is a Mac's")
+    assert not (home / "Library").exists()
+
+
+def test_a_launch_agent_that_cannot_be_written(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The reason is one line, not a traceback."""
+    (home / "Library").write_text("a file in the folder's place")
+    assert main(["launchd", "--config", "gw.toml", "--install"], platform="darwin") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "Library" in line
+
+
+@pytest.mark.parametrize("more", ["grace = -1", "listen = 'launchd:gateway'"])
+def test_a_wrong_config_has_no_launch_agent(
+    more: str, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its mistakes are told, and nothing is printed or written."""
+    config = home / "gw.toml"
+    config.write_text(f"[gateway]\n{more}\n[tier.main]\nurl = 'http://h:2'\n")
+    assert main(["launchd", "--config", str(config), "--install"], platform="darwin") == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("claudegw: gateway.")
+    assert not (home / "Library").exists()
