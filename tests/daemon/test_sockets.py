@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from ctypes import CDLL, CFUNCTYPE, POINTER, c_char_p, c_int, c_size_t, c_void_p, cast, sizeof
@@ -209,6 +211,15 @@ async def test_a_socket_of_launchd_is_listened_on(
         early.close()
         await port.stopListening()
     socket.create_connection(loopback.getsockname(), 10).close()
+
+
+def test_twistd_may_choose_its_reactor() -> None:
+    """Finding the endpoint installs no reactor, or ``twistd -r`` would come too late."""
+    look = "import gateway.daemon.sockets, sys; print('twisted.internet.reactor' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", look], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout == "False\n"
 
 
 def test_launchd_is_asked_once(loopback: socket.socket) -> None:
