@@ -182,11 +182,18 @@ class Server:
         command: the program and its arguments; no shell reads them.
         env: added to the gateway's own environment.
         manage_flags: whether a llama-server gets the flags that its tier needs.
+        max_restarts: how often it is started again within the window; one end more, and it stays
+            down until somebody asks for it.
+        restart_window: seconds of the window.
+        stop_grace: seconds that it gets to end by itself before it is killed.
     """
 
     command: tuple[str, ...] = attrs.field(metadata=_filled)
     env: Mapping[str, str] = attrs.field(factory=dict, repr=False)
     manage_flags: bool = True
+    max_restarts: int = attrs.field(default=5, metadata=_between(0, 1000))
+    restart_window: float = attrs.field(default=600.0, metadata=_between(1, 86400))
+    stop_grace: float = attrs.field(default=10.0, metadata=_between(0, 3600))
 
 
 @attrs.frozen

@@ -29,8 +29,9 @@ from gateway.daemon.notify import READY, notify, stopping
 from gateway.daemon.sockets import check_door
 from gateway.dispatch import Dispatch
 from gateway.ledger import Ledger
-from gateway.llama.child import Child, command
+from gateway.llama.child import Child, Limits
 from gateway.llama.client import LlamaClient
+from gateway.llama.command import command
 from gateway.policy.calls import KINDS
 from gateway.tier.tier import Tier
 from gateway.web.access import Access, QuietSite, site
@@ -112,11 +113,22 @@ class House(MultiService):
         for name, wanted in config.tier.items():
             client = LlamaClient.at(reactor, name, wanted.url, wanted.api_key)
             tiers[name] = Tier.of(name, wanted, client, reactor)
-            if wanted.server is not None:
-                line = command(wanted, wanted.server, gateway.state_dir)
-                log_file = gateway.state_dir / f"{name}.log"
+            if (server := wanted.server) is not None:
+                line = command(wanted, server, gateway.state_dir)
+                limits = Limits(server.max_restarts, server.restart_window, server.stop_grace)
                 hear = tiers[name].progress.listen
-                children.append(Child(name, line, wanted.server.env, log_file, reactor, hear))
+                children.append(
+                    Child(
+                        name,
+                        line,
+                        server.env,
+                        gateway.state_dir,
+                        client.health,
+                        reactor,
+                        limits,
+                        hear,
+                    )
+                )
         times = Times(start=gateway.start_after)
         dispatch = Dispatch(tiers, config.route, Ledger(reactor), times, reactor)
         api = Api(dispatch, version("claudegw"))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gateway.config import load
-from gateway.llama.child import command
+from gateway.llama.command import command
 from gateway.policy.calls import KINDS
 
 ETC = Path(__file__).parents[1] / "etc"

@@ -50,6 +50,7 @@ from twisted.web.iweb import IAgentEndpointFactory, IBodyProducer, IResponse
 from zope.interface import implementer
 
 from gateway.config import upstream_endpoint
+from gateway.llama.child import Health
 from gateway.policy.template import Template
 from gateway.wire.errors import ApiError, from_upstream, unavailable
 
@@ -57,6 +58,9 @@ Json = Any
 
 #: Seconds that a short question (a count, the slots) may take.
 PATIENCE: Final = 60.0
+
+#: The same for the question how it is, which a thread of its own answers.
+_HEALTH_PATIENCE: Final = 10.0
 
 #: Bytes that an answer to a short question may have; a template rendered is the longest.
 _LONGEST_ANSWER: Final = 64 * 1024 * 1024
@@ -283,8 +287,8 @@ class LlamaClient:
         except (KeyError, TypeError, ValueError, AttributeError):
             raise self._no_llama() from None
 
-    async def is_loading(self) -> bool:
-        """Whether the server is up and loads its model."""
+    async def health(self) -> Health:
+        """How the server is (``GET /health``); cancelling it hangs up."""
 
         async def status() -> int:
             answer = await self._request("GET", "/health")
@@ -292,11 +296,16 @@ class LlamaClient:
             return answer.status
 
         asked = Deferred.fromCoroutine(status())
-        asked.addTimeout(PATIENCE, self._reactor)
+        asked.addTimeout(_HEALTH_PATIENCE, self._reactor)
         try:
-            return await asked == 503
+            said = await asked
         except (ApiError, Lost, TimedOut):
-            return False
+            return Health.DOWN
+        return {200: Health.READY, 503: Health.LOADING}.get(said, Health.DOWN)
+
+    async def is_loading(self) -> bool:
+        """Whether the server is up and loads its model."""
+        return await self.health() is Health.LOADING
 
     async def busy_slots(self) -> int:
         """
