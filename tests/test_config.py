@@ -76,6 +76,9 @@ def test_every_key_is_read() -> None:
         command = ["llama-server", "--model", "m.gguf"]
         env = {{ A = "{SECRET}" }}
         manage_flags = false
+        max_restarts = 0
+        restart_window = 60
+        stop_grace = 2.5
         [[route]]
         model = "*haiku*"
         kind = "title"
@@ -94,6 +97,8 @@ def test_every_key_is_read() -> None:
     assert main.server.command == ("llama-server", "--model", "m.gguf")
     assert main.server.env == {"A": SECRET}
     assert not main.server.manage_flags
+    server = main.server
+    assert (server.max_restarts, server.restart_window, server.stop_grace) == (0, 60.0, 2.5)
     assert config.route == (RouteRule("main", "*haiku*", "title"),)
     assert SECRET not in repr(config)
 
@@ -189,6 +194,18 @@ def test_every_mistake_is_said_at_once_with_its_key() -> None:
         (
             f'{MAIN}[tier.main.server]\ncommand = ["a"]\nmanage_flags = "no"',
             "tier.main.server.manage_flags: expected true or false, got a string",
+        ),
+        (
+            f'{MAIN}[tier.main.server]\ncommand = ["a"]\nmax_restarts = -1',
+            "tier.main.server.max_restarts: expected between 0 and 1000, got -1",
+        ),
+        (
+            f'{MAIN}[tier.main.server]\ncommand = ["a"]\nrestart_window = 0',
+            "tier.main.server.restart_window: expected between 1 and 86400, got 0",
+        ),
+        (
+            f'{MAIN}[tier.main.server]\ncommand = ["a"]\nstop_grace = 3601',
+            "tier.main.server.stop_grace: expected between 0 and 3600, got 3601",
         ),
         (f'{MAIN}[[route]]\ntier = "main"\nmodel = ""', "route[0].model: expected something"),
     ],

@@ -6,22 +6,24 @@ hook between fork and exec, so this file stands there as a program of its own: i
 what it was told to run.  The process id stays, and no second process does.  Elsewhere nobody asks:
 under launchd the job's process group ends with the job, and `gateway.llama.orphans` does the rest.
 
-Run by its path, without ``site``, so that it costs 30 ms of a start that takes seconds.
+Run by its path, without ``site``, and with few imports: ``signal`` and ``typing`` alone would cost
+as much as all the rest.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Final
 
 #: ``linux/prctl.h``
-_PR_SET_PDEATHSIG: Final = 1
+_PR_SET_PDEATHSIG = 1
+
+#: ``asm/signal.h`` of every machine that llama.cpp is built for.
+_SIGKILL, _SIGPIPE, _SIGXFSZ = 9, 13, 25
 
 #: What a shell says of a program that it cannot run.
-_CANNOT_RUN: Final = 127
+_CANNOT_RUN = 127
 
 
 def launched(command: Sequence[str], env: Mapping[str, str]) -> list[str]:
@@ -43,12 +45,9 @@ def launched(command: Sequence[str], env: Mapping[str, str]) -> list[str]:
 def main(arguments: Sequence[str]) -> int:
     """Become the program in `arguments`, behind the process id of who started us."""
     parent, *command = arguments
-    _die_with_parent()
+    _ask_the_kernel()
     if os.getppid() != int(parent):
         return _CANNOT_RUN  # it was gone before the kernel knew what to do then
-    # Python ignores these, and what is ignored stays so beyond exec.
-    for ignored in (signal.SIGPIPE, signal.SIGXFSZ):
-        signal.signal(ignored, signal.SIG_DFL)
     try:
         os.execvp(command[0], command)  # noqa: S606  # no shell is wanted
     except OSError as error:
@@ -56,12 +55,16 @@ def main(arguments: Sequence[str]) -> int:
         return _CANNOT_RUN
 
 
-def _die_with_parent() -> None:
-    """Without it the program still runs, and the next start ends it if need be."""
+def _ask_the_kernel() -> None:
+    """Have it end us with our parent; without that, the next start ends what is left."""
     try:
         import ctypes  # a Python can be built without it
 
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        libc = ctypes.CDLL(None)
+        libc.prctl(_PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0)
+        # Python ignores these, and what is ignored stays so beyond exec.
+        for ignored in (_SIGPIPE, _SIGXFSZ):
+            libc.signal(ignored, None)
     except (ImportError, OSError, AttributeError) as error:
         sys.stderr.write(f"cannot end with the gateway: {error}\n")
 
