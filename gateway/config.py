@@ -208,7 +208,9 @@ class Tier:
         api_key: what the server wants to see, if anything.
         max_waiting: calls that may wait in its line.
         ageing: seconds after which a waiting call goes before all others.
-        startup_patience: seconds for which calls wait for a server that is loading.
+        startup_patience: seconds for which calls wait for a server that loads or comes back.
+        resends: how often a call is sent again whose server went away before it was answered.
+        stall: seconds without any progress after which a server of ours is started anew.
         answer_tokens: longest free-text answer to a housekeeping call, in tokens.
         schema_tokens: longest answer under a schema, in tokens.
         server: how to start it; None if somebody else does.
@@ -225,6 +227,8 @@ class Tier:
     max_waiting: int = attrs.field(default=64, metadata=_between(1, 100_000))
     ageing: float = attrs.field(default=120.0, metadata=_between(0))
     startup_patience: float = attrs.field(default=900.0, metadata=_between(0))
+    resends: int = attrs.field(default=2, metadata=_between(0, 100))
+    stall: float = attrs.field(default=180.0, metadata=_between(1))
     answer_tokens: int = attrs.field(default=1024, metadata=_between(16))
     schema_tokens: int = attrs.field(default=512, metadata=_between(64))
     server: Server | None = None

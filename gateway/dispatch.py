@@ -7,6 +7,7 @@ and touches no socket (`gateway.tier` and `gateway.llama` do).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from hashlib import blake2b
@@ -20,6 +21,7 @@ from twisted.logger import Logger
 
 from gateway.config import RouteRule
 from gateway.ledger import Ledger, Record
+from gateway.llama.client import Lost
 from gateway.policy import calls, order, patience, prefix, routes, schema, tools
 from gateway.policy.calls import Call
 from gateway.policy.routes import Route
@@ -29,12 +31,15 @@ from gateway.tier.answer import Client, Teller
 from gateway.tier.line import Ticket
 from gateway.tier.tier import Tier
 from gateway.wire import request as wire
-from gateway.wire.errors import prompt_too_long
-from gateway.wire.events import Repair
+from gateway.wire.errors import Unavailable, down, prompt_too_long
+from gateway.wire.events import Repair, Truncated
 from gateway.wire.pulse import Times
 from gateway.wire.request import MessagesRequest
 
 Json = Any
+
+#: How often a call may find that a server which was up is not.
+_AWAY: Final = 20
 
 #: Tokens that a template may add to what a body says: a preamble, and so much for each tool.
 _PREAMBLE: Final = 1024
@@ -50,8 +55,8 @@ class Caller(Client, Protocol):
     def request_id(self) -> str:
         """What the client was told as ``request-id``."""
 
-    def routed(self, tier: str, kind: str) -> None:
-        """The call goes to `tier`, as one of `kind`."""
+    def routed(self, tier: str, kind: str, degraded: str = "") -> None:
+        """The call goes to `tier`, as one of `kind`; `degraded` says why not where it belongs."""
 
 
 @attrs.frozen
@@ -74,10 +79,10 @@ class _Prepared:
     check: Callable[[], None] = lambda: None
 
 
-@attrs.frozen(eq=False)
+@attrs.define(eq=False)
 class Dispatch:
     """
-    Conducts calls through the house.
+    Conducts calls through the house; what is changed here holds for calls that come later.
 
     Attributes:
         tiers: all there are, by name.
@@ -114,11 +119,31 @@ class Dispatch:
             repair = Repair(f"msg_{uuid4().hex}", request.model, one_call=one_call)
             record.usage = repair.usage
 
-            async def ask(teller: Teller) -> None:
+            async def ask_once(teller: Teller) -> None:
                 ready = await self._prepare(request, headers, caller, record)
                 repair.tier = ready.tier.name
                 teller.ready(partial(ready.tier.counter.count, ready.body))
-                await self._asking(ready, form, repair)(teller)
+                ticket = _ticket(ready)
+                asking = self._asking(ready, ticket, form, repair)
+                await ready.tier.deaths.during(ticket, partial(asking, teller))
+
+            async def ask(teller: Teller) -> None:
+                """As `ask_once`, anew where a server goes away before its answer is told."""
+                lost = away = 0
+                while True:
+                    try:
+                        return await ask_once(teller)
+                    except (Lost, Truncated, Unavailable) as error:
+                        tier = self.tiers[record.tier]
+                        away += isinstance(error, Unavailable)
+                        lost += not isinstance(error, Unavailable)
+                        too_often = lost > tier.config.resends or away > _AWAY
+                        if too_often or not teller.again():
+                            raise
+                        tier.lost()
+                        record.again()
+                        repair.again()
+                        log.warn("{id}: {why}; asking again", id=record.id, why=str(error))
 
             if not request.stream:
                 limit = patience.client_waits(headers)
@@ -139,14 +164,21 @@ class Dispatch:
         """
         with self.ledger.call(caller.request_id) as record:
             request = wire.parse(raw, counting=True)
-            request, call, route = self._understand(request, headers)
+            request, call, wanted = self._understand(request, headers)
             record.kind, record.model = "count", request.model
-            tier, body, route = await self._place(request, call, route)
-            record.tier, record.rule = route.tier, route.rule
-            caller.routed(route.tier, "count")
-            tokens = await tier.counter.count(body)
-            record.usage.input = tokens
-            return tokens
+            for attempt in itertools.count():
+                tier, body, route = await self._place(request, call, wanted)
+                record.tier, record.rule = route.tier, route.rule
+                caller.routed(route.tier, "count", route.degraded)
+                try:
+                    record.usage.input = await tier.counter.count(body)
+                except Unavailable:
+                    if attempt >= tier.config.resends:
+                        raise
+                    tier.lost()
+                else:
+                    return record.usage.input
+            raise AssertionError
 
     def status(self) -> dict[str, Json]:
         """For ``/status``: the tiers, and the calls with how far they are and when they go."""
@@ -199,13 +231,25 @@ class Dispatch:
     ) -> None:
         record.kind, record.model = call.kind, request.model
         record.tier, record.rule, record.background = route.tier, route.rule, route.background
-        caller.routed(route.tier, call.kind)
+        caller.routed(route.tier, call.kind, route.degraded)
 
     async def _place(
         self, request: MessagesRequest, call: Call, route: Route
     ) -> tuple[Tier, dict[str, Json], Route]:
-        """The tier, the body as its server gets it, and the route, which a small window changes."""
+        """
+        The tier, the body as its server gets it, and the route.
+
+        The route changes where its tier is down, or its window too small.
+
+        Raises:
+            ApiError: 503, nobody is there to answer.
+        """
         tier = self.tiers[route.tier]
+        if route.tier != routes.MAIN and not await tier.is_up():
+            route = routes.while_down(route)
+            tier = self.tiers[route.tier]
+        if route.background and not await tier.is_up():
+            raise down("Its model is down, and nobody waits for this call.", should_retry=False)
         await tier.ready()
         body = await self._body(request, call, tier)
         if route.tier == routes.MAIN:
@@ -268,14 +312,16 @@ class Dispatch:
         check()
         return check
 
-    def _asking(self, ready: _Prepared, form: Form | None, repair: Repair) -> answer.Ask:
+    def _asking(
+        self, ready: _Prepared, ticket: Ticket, form: Form | None, repair: Repair
+    ) -> answer.Ask:
         """How the answer of `ready` is asked for, once somebody says how it is to be told."""
 
         def started() -> None:
             self.ledger.started(ready.record)
             ready.check()
 
-        how: Any = {"ticket": _ticket(ready), "started": started}
+        how: Any = {"ticket": ticket, "started": started}
         if form is None:
             return partial(answer.from_model, ready.tier, ready.body, repair, **how)
         tokens = ready.body["max_tokens"]
@@ -307,6 +353,7 @@ def _ticket(ready: _Prepared) -> Ticket:
         ready.record.id,
         ready.tokens,
         cache(partial(ready.tier.pace.seen, body)),
+        ready.record.arrived,
     )
 
 

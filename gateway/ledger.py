@@ -41,6 +41,7 @@ class Record:
         background: it gives way to others.
         started: when its turn came; None while it waits.
         ended: when it was over; None while it is not.
+        resent: how often its server went away, and it was sent again.
         usage: what it cost.
         outcome: what became of it.
     """
@@ -53,9 +54,15 @@ class Record:
     rule: str = ""
     background: bool = False
     started: float | None = None
+    resent: int = 0
     ended: float | None = None
     usage: Usage = attrs.field(factory=Usage)
     outcome: str = ""
+
+    def again(self) -> None:
+        """It waits anew, for a server that went away."""
+        self.resent += self.started is not None
+        self.started = None
 
     def as_json(self, now: float) -> dict[str, Any]:
         """For the log and ``/status``; times in seconds."""
@@ -70,6 +77,7 @@ class Record:
             "background": self.background,
             "waited": round(turn - self.arrived, 3),
             "took": round(until - turn, 3),
+            "resent": self.resent,
             "input": self.usage.input,
             "cached": self.usage.cached,
             "output": self.usage.output,

@@ -1,5 +1,5 @@
 """
-Builds the whole house, and runs it: start, drain, stop.
+Builds the whole house, and runs it: start, reload, drain, stop.
 
 Started as ``twistd -n claudegw --config etc/gw.toml``.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Coroutine
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
@@ -22,17 +23,20 @@ from twisted.internet.defer import CancelledError, Deferred, gatherResults
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 from twisted.python import usage
+from twisted.python.failure import Failure
 
-from gateway.config import Config, ConfigError, load
+from gateway.changes import Changes, between
+from gateway.config import Config, ConfigError, Server, load
 from gateway.daemon.log import Logged, log_file
-from gateway.daemon.notify import READY, notify, stopping
+from gateway.daemon.notify import READY, notify, reloading, stopping
 from gateway.daemon.sockets import check_door
 from gateway.dispatch import Dispatch
 from gateway.ledger import Ledger
-from gateway.llama.child import Child, Limits
+from gateway.llama.child import Child, Limits, State
 from gateway.llama.client import LlamaClient
 from gateway.llama.command import command
 from gateway.policy.calls import KINDS
+from gateway.policy.order import Rank
 from gateway.tier.tier import Tier
 from gateway.web.access import Access, QuietSite, site
 from gateway.web.api import Api
@@ -89,10 +93,10 @@ def makeService(options: Options) -> Service:
 @attrs.define(eq=False)
 class House(MultiService):
     """
-    Everything there is: the door, the tiers, their children.
+    Everything there is: the door, the tiers, their servers.
 
     Attributes:
-        config: what it was built from.
+        config: what is in force.
         path: the file that it was read from.
         api: the Messages API, in front of the tiers.
     """
@@ -103,49 +107,35 @@ class House(MultiService):
     _reactor: Any
     _site: QuietSite
     _door: Service
-    _children: list[Child]
     _announcing: Deferred[None] | None = None
+    _changing: set[Deferred[None]] = attrs.field(factory=set, init=False)
 
     @classmethod
     def built(cls, config: Config, path: Path, reactor: Any) -> House:
         """The house that `config` describes, standing still."""
-        gateway, tiers, children = config.gateway, {}, []
-        for name, wanted in config.tier.items():
-            client = LlamaClient.at(reactor, name, wanted.url, wanted.api_key)
-            tiers[name] = Tier.of(name, wanted, client, reactor)
-            if (server := wanted.server) is not None:
-                line = command(wanted, server, gateway.state_dir)
-                limits = Limits(server.max_restarts, server.restart_window, server.stop_grace)
-                hear = tiers[name].progress.listen
-                children.append(
-                    Child(
-                        name,
-                        line,
-                        server.env,
-                        gateway.state_dir,
-                        client.health,
-                        reactor,
-                        limits,
-                        hear,
-                    )
-                )
+        gateway = config.gateway
+        tiers = {name: _tier(config, name, reactor) for name in config.tier}
         times = Times(start=gateway.start_after)
         dispatch = Dispatch(tiers, config.route, Ledger(reactor), times, reactor)
         api = Api(dispatch, version("claudegw"))
-        access = Access(gateway.token, gateway.hosts, gateway.body_limit)
-        factory = site(api.app.resource(), access, reactor)
+        factory = site(api.app.resource(), _access(config), reactor)
         door = strports.service(gateway.listen, factory, reactor)
-        return cls(config, path, api, reactor, factory, door, children)
+        return cls(config, path, api, reactor, factory, door)
 
     def __attrs_post_init__(self) -> None:
         MultiService.__init__(self)
-        for service in (*self._children, self._door):
-            service.setServiceParent(self)
+        self._door.setServiceParent(self)
+
+    @property
+    def tiers(self) -> dict[str, Tier]:
+        return dict(self.api.dispatch.tiers)
+
+    # --- start ------------------------------------------------------------------------------------
 
     def startService(self) -> None:
-        for tier in self.api.dispatch.tiers.values():
-            tier.start()
-        self._reactor.callWhenRunning(self._take_sigterm)
+        for tier in self.tiers.values():
+            _start(tier)
+        self._reactor.callWhenRunning(self._take_signals)
         super().startService()
         log.info(
             "claudegw {version} listens on {listen}",
@@ -158,7 +148,7 @@ class House(MultiService):
 
     async def _announce(self) -> None:
         """Say what to type next, once every server is up."""
-        for tier in self.api.dispatch.tiers.values():
+        for tier in self.tiers.values():
             for attempt in count():
                 try:
                     await tier.props()
@@ -172,22 +162,151 @@ class House(MultiService):
             command=f'claude --settings "$({command} settings --config {quote(str(self.path))})"',
         )
 
+    def _take_signals(self) -> None:
+        """TERM by Twisted's own way would end the process by the signal; a good stop is a 0."""
+        for number, then in ((signal.SIGTERM, self._reactor.stop), (signal.SIGHUP, self.reload)):
+            signal.signal(number, lambda *_, then=then: self._reactor.callFromThread(then))
+
+    # --- reload -----------------------------------------------------------------------------------
+
+    def reload(self) -> None:
+        """Read the configuration again and go by it, as far as that can be done now."""
+        if not self.running:
+            return
+        notify(reloading())
+        try:
+            changes = between(self.config, load(self.path, KINDS))
+        except ConfigError as error:
+            log.warn(
+                "{path} cannot be used, all stays as it was:\n  {mistakes}",
+                path=str(self.path),
+                mistakes="\n  ".join(error.mistakes),
+            )
+        else:
+            self._adopt(changes)
+        notify(READY)
+
+    def _adopt(self, changes: Changes) -> None:
+        config = self.config = changes.config
+        dispatch, before = self.api.dispatch, self.tiers
+        dispatch.tiers = {
+            name: before[name] if name in before else _tier(config, name, self._reactor)
+            for name in config.tier
+        }
+        dispatch.rules, dispatch.times = config.route, Times(start=config.gateway.start_after)
+        self._site.access = _access(config)
+        for name in changes.added:
+            _start(dispatch.tiers[name])
+        for name in changes.removed:
+            self._later(self._remove(before[name]))
+        for name in config.tier:
+            if name in before:
+                self._renew(before[name])
+        log.info("reloaded {path}", path=str(self.path))
+        for key in changes.postponed:
+            log.warn("{key}: its new value needs a restart of the gateway", key=key)
+
+    def _renew(self, tier: Tier) -> None:
+        """Let a tier go by its new configuration, and its server, once it does nothing."""
+        config = self.config.tier[tier.name]
+        tier.adopt(config)
+        child = tier.child
+        if child is None:
+            return
+        assert config.server is not None
+        child.limits = _limits(config.server)
+        line = command(config, config.server, self.config.gateway.state_dir)
+        if child.replace(line, config.server.env):
+            log.info("tier {tier}: its server is started anew when it rests", tier=tier.name)
+            self._later(_restart(tier, child))
+        elif child.state is State.FAILED:
+            child.retry()
+
+    async def _remove(self, tier: Tier) -> None:
+        """Let a tier go that nobody is sent to any more, once its calls have their answers."""
+        await tier.rest(Rank.BACKGROUND)
+        tier.stop()
+        if tier.child is not None:
+            await tier.child.stopService()
+        log.info("tier {tier}: removed", tier=tier.name)
+
+    def _later(self, change: Coroutine[Deferred[Any], Any, None]) -> None:
+        """Make a change that has to wait, unless the house stops first."""
+        changing = Deferred.fromCoroutine(change)
+        self._changing.add(changing)
+
+        def changed(result: Failure | None) -> None:
+            self._changing.discard(changing)
+            if isinstance(result, Failure) and not result.check(CancelledError, ApiError):
+                log.failure("a part of the new configuration could not be had", result)
+
+        changing.addBoth(changed)
+
+    # --- stop -------------------------------------------------------------------------------------
+
     def stopService(self) -> Deferred[None]:
         return Deferred.fromCoroutine(self._stop())
 
     async def _stop(self) -> None:
-        """Let nobody in, let the answers under way end, stop the children: in this order."""
+        """Let nobody in, let the answers under way end, stop the servers: in this order."""
         self.running = False
-        notify(stopping(self.config.gateway.grace))
+        servers = [tier.server for tier in self.config.tier.values() if tier.server is not None]
+        longest = max((server.stop_grace for server in servers), default=0.0)
+        notify(stopping(self.config.gateway.grace + longest))
         if self._announcing is not None:
             self._announcing.cancel()
+        for changing in list(self._changing):
+            changing.cancel()
         await self._door.stopService()
-        for tier in self.api.dispatch.tiers.values():
+        for tier in self.tiers.values():
             tier.stop()
         await self.api.drain(self.config.gateway.grace, self._reactor)
         await self._site.hang_up(_LAST_BYTES, self._reactor)
-        await gatherResults([child.stopService() for child in self._children])
+        children = [tier.child for tier in self.tiers.values() if tier.child is not None]
+        await gatherResults([child.stopService() for child in children])
 
-    def _take_sigterm(self) -> None:
-        """Twisted's own would end the process by the signal; a stop that went well is a 0."""
-        signal.signal(signal.SIGTERM, lambda *_: self._reactor.callFromThread(self._reactor.stop))
+
+def _access(config: Config) -> Access:
+    gateway = config.gateway
+    return Access(gateway.token, gateway.hosts, gateway.body_limit)
+
+
+def _limits(server: Server) -> Limits:
+    return Limits(server.max_restarts, server.restart_window, server.stop_grace)
+
+
+def _tier(config: Config, name: str, reactor: Any) -> Tier:
+    """The tier of that name, with its server if that is ours; both stand still."""
+    wanted, state_dir = config.tier[name], config.gateway.state_dir
+    client = LlamaClient.at(reactor, name, wanted.url, wanted.api_key)
+    tier = Tier.of(name, wanted, client, reactor)
+    if (server := wanted.server) is not None:
+        tier.child = Child(
+            name,
+            command(wanted, server, state_dir),
+            server.env,
+            state_dir,
+            client.health,
+            reactor,
+            _limits(server),
+            on_line=tier.hear,
+            on_state=tier.server_is,
+            end_calls=client.hang_up,
+        )
+    return tier
+
+
+def _start(tier: Tier) -> None:
+    tier.start()
+    if tier.child is not None:
+        tier.child.startService()
+
+
+async def _restart(tier: Tier, child: Child) -> None:
+    """Start a server anew while none of its slots works."""
+    permits = await tier.rest()
+    try:
+        child.restart()
+    finally:
+        for permit in permits:
+            permit.finished()

@@ -84,6 +84,7 @@ class Held:
     body: dict[str, Any]
     request: Request
     left: bool = False
+    over: bool = False
 
     def begin(self) -> None:
         """Status and headers, as when a slot starts on the prompt."""
@@ -133,6 +134,8 @@ class FakeLlama(Resource):
         self.completions: list[str] = []
         #: A status that everything is answered with, for a server that loads.
         self.status: int | None = None
+        #: Whether its process is gone: each connection breaks.
+        self.gone = False
         self.busy = 0
         #: Whether it takes images.
         self.vision = False
@@ -150,6 +153,9 @@ class FakeLlama(Resource):
         path = request.path.decode()
         self.asked.append((path, body))
         if path in self.hangs:
+            return NOT_DONE_YET
+        if self.gone:
+            request.channel.transport.abortConnection()  # type: ignore[union-attr]
             return NOT_DONE_YET
         if self.status is not None:
             request.setResponseCode(self.status)

@@ -152,21 +152,34 @@ class _Reading(Protocol):
 
     receive: Callable[[bytes], None]
     meet: Callable[[IPushProducer], None]
+    beside: set[_Reading]
     done: Deferred[None] | None = None
 
     def start(self, response: IResponse) -> Deferred[None]:
         # deliverBody may finish before it returns, so the Deferred is taken first.
         done = self.done = Deferred(self._hang_up)
+        self.beside.add(self)
         response.deliverBody(self)
         return done
+
+    def lose(self, why: str) -> None:
+        """Hang up, as if the server had gone."""
+        self._fail(Failure(Lost(why)))
 
     def _hang_up(self, _: object) -> None:
         self.done = None
         self._close()
 
+    def _fail(self, failure: Failure) -> None:
+        done, self.done = self.done, None
+        self._close()
+        if done is not None:
+            done.errback(failure)
+
     def _close(self) -> None:
-        assert self.transport is not None
-        self.transport.loseConnection()
+        self.beside.discard(self)
+        if self.transport is not None:
+            self.transport.loseConnection()
 
     def connectionMade(self) -> None:
         # What stands beneath a response's body is no whole transport, but it is a producer.
@@ -178,11 +191,10 @@ class _Reading(Protocol):
         try:
             self.receive(data)
         except Exception:  # noqa: BLE001  # whatever it is, who awaits `done` gets it
-            done, self.done = self.done, None
-            self._close()
-            done.errback(Failure())
+            self._fail(Failure())
 
     def connectionLost(self, reason: Failure = _DONE) -> None:
+        self.beside.discard(self)
         done, self.done = self.done, None
         if done is None:
             return
@@ -197,6 +209,7 @@ class Answer:
     """An answer of llama-server whose status is known and whose body is still to come."""
 
     response: IResponse
+    _read: set[_Reading] = attrs.field(factory=set)
 
     @property
     def status(self) -> int:
@@ -218,7 +231,7 @@ class Answer:
             A Deferred that fires at the body's end and hangs up when it is cancelled.  It fails
             with `Lost`, or with what `receive` raised.
         """
-        return _Reading(receive, meet).start(self.response)
+        return _Reading(receive, meet, self._read).start(self.response)
 
     async def read(self, limit: int = _LONGEST_ANSWER) -> bytes:
         """The whole body; raises ApiError if it has more than `limit` bytes, or `Lost`."""
@@ -251,6 +264,8 @@ class LlamaClient:
     _reactor: IReactorTime
     _http: HTTPClient
     _headers: Headers
+    _awaited: set[Deferred[Any]] = attrs.field(factory=set, init=False)
+    _read: set[_Reading] = attrs.field(factory=set, init=False)
 
     @classmethod
     def at(cls, reactor: Any, tier: str, url: str, api_key: str | None) -> LlamaClient:
@@ -269,6 +284,14 @@ class LlamaClient:
         if api_key is not None:
             headers.addRawHeader("authorization", f"Bearer {api_key}")
         return cls(tier, url, reactor, http, headers)
+
+    def hang_up(self) -> None:
+        """The server will not answer any more: what waits for an answer fails with `Lost`."""
+        awaited, self._awaited = self._awaited, set()
+        for request in awaited:
+            request.cancel()
+        for reading in list(self._read):
+            reading.lose("The server is being stopped.")
 
     async def props(self) -> Props:
         """What the server says of itself.  Raises ApiError while it is down or loading."""
@@ -401,17 +424,19 @@ class LlamaClient:
             ) from None
 
     async def _request(self, method: str, path: str, body: Json = None) -> Answer:
+        awaited: Deferred[Any] = self._http.request(
+            method,
+            _url(path),
+            headers=self._headers,
+            data=None if body is None else _BytesBody(orjson.dumps(body)),
+            unbuffered=True,
+            allow_redirects=False,
+        )
+        self._awaited.add(awaited)
         try:
-            response = await self._http.request(
-                method,
-                _url(path),
-                headers=self._headers,
-                data=None if body is None else _BytesBody(orjson.dumps(body)),
-                unbuffered=True,
-                allow_redirects=False,
-            )
-        except ConnectingCancelledError:
-            raise CancelledError from None
+            response = await awaited
+        except (ConnectingCancelledError, CancelledError):
+            raise self._cancelled(awaited) from None
         except (ConnectError, DNSLookupError):
             raise self._gone() from None
         except (
@@ -421,11 +446,19 @@ class LlamaClient:
             RequestTransmissionFailed,
         ) as error:
             if any(reason.check(CancelledError) for reason in error.reasons):
-                raise CancelledError from None
+                raise self._cancelled(awaited) from None
             raise Lost(str(error)) from None
         except ConnectionClosed as error:
             raise Lost(str(error)) from None
-        return Answer(response)
+        finally:
+            self._awaited.discard(awaited)
+        return Answer(response, self._read)
+
+    def _cancelled(self, awaited: Deferred[Any]) -> Exception:
+        """What became of a request that was cancelled: by its caller, or by `hang_up`."""
+        return (
+            CancelledError() if awaited in self._awaited else Lost("The server is being stopped.")
+        )
 
     def _no_llama(self) -> ApiError:
         return ApiError(

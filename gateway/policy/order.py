@@ -19,8 +19,10 @@ from gateway.policy.routes import Route
 
 
 class Rank(IntEnum):
-    """Who waits for a call; the lowest goes first."""
+    """Who waits for a slot; the lowest goes first."""
 
+    #: Nobody: the house itself needs a slot that does nothing, for a moment.
+    HOUSE = -1
     PERSON = 0
     SUBAGENT = 1
     BACKGROUND = 2

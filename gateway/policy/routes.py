@@ -49,11 +49,13 @@ class Route:
         tier: the name of the tier.
         rule: what sent it there, for the log and ``/status``.
         background: it gives way to every call that somebody waits for.
+        degraded: why it does not go where it belongs; "" where it does.
     """
 
     tier: str
     rule: str
     background: bool = False
+    degraded: str = ""
 
 
 def choose(call: Call, model: str, rules: Sequence[RouteRule], tiers: Collection[str]) -> Route:
@@ -83,6 +85,12 @@ def choose(call: Call, model: str, rules: Sequence[RouteRule], tiers: Collection
     if call.from_claude_code and names_small(model) and SMALL in tiers:
         return Route(SMALL, "the name of the small model", background)
     return Route(MAIN, because, background)
+
+
+def while_down(route: Route) -> Route:
+    """The route of a call whose tier is down."""
+    why = f"{route.tier} is down"
+    return Route(MAIN, f"{route.rule}; {why}", background=True, degraded=why)
 
 
 def too_long_for_small(route: Route, tokens: int, window: int) -> Route:

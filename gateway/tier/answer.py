@@ -86,6 +86,9 @@ class Teller(Protocol):
     def meet(self, producer: IPushProducer) -> None:
         """They come from here."""
 
+    def again(self) -> bool:
+        """Whether the answer can be told from its beginning once more; if so, it will be."""
+
 
 #: Counts the tokens of a call's prompt.
 Count = Callable[[], Awaitable[int]]
@@ -167,6 +170,7 @@ async def from_model(
             try:
                 for event in parser.feed(chunk):
                     watch.token()
+                    tier.token()
                     tier.progress.token(ticket.name)
                     told += repair.feed(event)
             except EventTooLong as error:
@@ -283,6 +287,10 @@ class Whole:
 
     def meet(self, producer: IPushProducer) -> None: ...
 
+    def again(self) -> bool:
+        self._assembly.again()
+        return True
+
     def message(self) -> Mapping[str, Json]:
         """The message that was told."""
         return self._assembly.message()
@@ -356,6 +364,10 @@ class Streamed:
 
     def meet(self, producer: IPushProducer) -> None:
         self.client.meet(producer)
+
+    def again(self) -> bool:
+        self.client.part()
+        return not self._repair.has_content
 
     def fail(self, error: ApiError, *, request_id: str) -> None:
         """

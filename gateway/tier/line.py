@@ -64,6 +64,7 @@ class Ticket:
         name: what the call is called in the log.
         tokens: of its prompt, where they were counted.
         seen: gives the share of the prompt that the server has likely kept.
+        arrived: when it came to us, in seconds on the line's clock; None is now.
     """
 
     rank: Rank = Rank.PERSON
@@ -72,6 +73,7 @@ class Ticket:
     name: str = ""
     tokens: int | None = None
     seen: Callable[[], float] = lambda: 0.0
+    arrived: float | None = None
 
 
 @attrs.define(eq=False)
@@ -167,6 +169,7 @@ class Line:
     _loop: Deferred[None] | None = attrs.field(default=None, init=False)
     _asking: Deferred[None] | None = attrs.field(default=None, init=False)
     _stopped: bool = attrs.field(default=False, init=False)
+    _down: ApiError | None = attrs.field(default=None, init=False)
     _semaphore: DeferredSemaphore = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -191,6 +194,25 @@ class Line:
                 place.turn.cancel()
             else:
                 self._drop(place)
+
+    def server_up(self) -> None:
+        """The server is there, and its slots may work."""
+        self._down = None
+
+    def server_down(self, why: ApiError) -> None:
+        """The server is gone: no slot works, and who waits or comes is told `why`."""
+        self._down = why
+        self._held.clear()
+        self._leaving.clear()
+        if self._asking is not None:
+            self._asking.cancel()
+        settled, self._settling = self._settling, 0
+        for _ in range(settled):
+            self._semaphore.release()
+        for place in [place for place in self._places if place.turn is not None]:
+            self._places.remove(place)
+            assert place.turn is not None
+            place.turn.errback(why)
 
     def places(self) -> list[Ticket]:
         """The waiting calls, in the order in which they would go now."""
@@ -223,10 +245,12 @@ class Line:
             A Deferred of the permit.  Cancelling it leaves the line.
 
         Raises:
-            ApiError: 529, the line is full; 503, it has stopped.
+            ApiError: 529, the line is full; 503, it has stopped, or the server is down.
         """
         if self._stopped:
             raise stopping()
+        if self._down is not None:
+            raise self._down
         if self.waiting >= self.max_waiting:
             soon = self._pace * self.waiting / self.slots
             raise overloaded(
@@ -235,7 +259,9 @@ class Line:
             )
         place = self._kept_for(ticket)
         if place is None:
-            place = _Place(ticket, self._reactor.seconds(), next(self._numbers))
+            now = self._reactor.seconds()
+            arrived = now if ticket.arrived is None else ticket.arrived
+            place = _Place(ticket, arrived, next(self._numbers))
             self._places.append(place)
         turn: Deferred[Permit] = Deferred(lambda _: self._leave(place))
         place.turn = turn
@@ -331,6 +357,9 @@ class Line:
 
     def _settle(self, permit: Permit) -> None:
         self._running -= 1
+        if self._down is not None:
+            self._semaphore.release()
+            return
         self._settling += 1
         self._leaving.add(permit)
         if self._asking is None:

@@ -100,6 +100,10 @@ class Pace:
     def forget(self) -> None:
         """Another model answers now."""
         self._prefill, self._generation = Rate(), Rate()
+        self.emptied()
+
+    def emptied(self) -> None:
+        """The server began anew and holds no prompt."""
         self._seen.clear()
 
     def status(self) -> Mapping[str, float | None]:

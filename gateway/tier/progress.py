@@ -241,11 +241,12 @@ class Progress:
 
     # --- what the server says ---------------------------------------------------------------------
 
-    def listen(self, line: str) -> None:
-        """A line of the server's output."""
+    def listen(self, line: str) -> bool:
+        """A line of the server's output; whether it says anything of its work."""
         said = loglines.read(line)
         if said is not None:
             self.hear(said)
+        return said is not None
 
     def hear(self, said: Said) -> None:
         """What a line of the server's output says."""

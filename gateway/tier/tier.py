@@ -4,32 +4,37 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from itertools import count
 from typing import Any, Final
 
 import attrs
+from twisted.application.internet import backoffPolicy
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.interfaces import IReactorTime
-from twisted.internet.task import deferLater
+from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from gateway.config import Tier as Wanted
+from gateway.llama.child import Child, State
 from gateway.llama.client import LlamaClient, Props
 from gateway.policy import template as templates
+from gateway.policy.order import Rank
 from gateway.policy.template import Template
 from gateway.tier.count import Counter
-from gateway.tier.line import Line
+from gateway.tier.deaths import Deaths
+from gateway.tier.line import Line, Permit, Ticket
 from gateway.tier.pace import Pace
 from gateway.tier.progress import Progress
-from gateway.wire.errors import ApiError, overloaded, stopping
+from gateway.tier.vitals import Vitals
+from gateway.wire.errors import ApiError, Unavailable, down, overloaded, stopping, unavailable
 
 Json = Any
 
 #: Seconds for which a server's word about itself is taken; it may be restarted with another model.
 _FRESH: Final = 30.0
 
-#: Seconds between two looks whether a server has come.
-_LOOK: Final = 1.0
+#: Seconds between two looks whether a server has come, by how often it had not.
+_LOOK: Final = backoffPolicy(initialDelay=0.5, maxDelay=2.0, factor=1.3)
 
 #: Waiting calls whose turn is foreseen.
 _FORESEEN: Final = 20
@@ -53,6 +58,9 @@ class Tier:
         counter: counts its tokens.
         pace: how fast it is.
         progress: how far its calls are.
+        deaths: the calls during which its server went away.
+        vitals: whether its server does anything; of a server of ours.
+        child: its server, where it is one of ours.
     """
 
     name: str
@@ -62,10 +70,15 @@ class Tier:
     counter: Counter
     pace: Pace
     progress: Progress
+    deaths: Deaths
+    vitals: Vitals | None
     _reactor: IReactorTime
+    child: Child | None = attrs.field(default=None, init=False)
     _props: Props | None = attrs.field(default=None, init=False)
+    _met: Props | None = attrs.field(default=None, init=False)
     _awaiting: list[Deferred[None]] = attrs.field(factory=list, init=False)
     _looking: Deferred[None] | None = attrs.field(default=None, init=False)
+    _alarm: IDelayedCall | None = attrs.field(default=None, init=False)
     _rewrites: tuple[str, ...] = attrs.field(default=(), init=False)
     _first: OrderedDict[str, Mapping[str, Json]] = attrs.field(factory=OrderedDict, init=False)
     _asked_at: float = attrs.field(default=0.0, init=False)
@@ -77,7 +90,13 @@ class Tier:
         pace = Pace(reactor.seconds)
         ask = None if wanted.server is not None else client.slots
         progress = Progress(wanted.slots, pace, reactor, ask, lambda: line.settling)
-        return cls(name, wanted, client, line, Counter(client), pace, progress, reactor)
+        deaths = Deaths(reactor)
+        tier = cls(
+            name, wanted, client, line, Counter(client), pace, progress, deaths, None, reactor
+        )
+        if wanted.server is not None:
+            tier.vitals = Vitals(wanted.stall, tier._works, client.slots, tier._stuck, reactor)
+        return tier
 
     def start(self) -> None:
         """Let calls in."""
@@ -86,11 +105,38 @@ class Tier:
     def stop(self) -> None:
         """Let nobody in any more; who waits is told to come again."""
         self.line.stop()
+        if self.vitals is not None:
+            self.vitals.stop()
         if self._looking is not None:
             self._looking.cancel()
         awaiting, self._awaiting = self._awaiting, []
         for come in awaiting:
             come.errback(Failure(stopping()))
+
+    def adopt(self, config: Wanted) -> None:
+        """Go by another configuration, for a tier of the same server."""
+        self.config = config
+        self.line.max_waiting, self.line.ageing = config.max_waiting, config.ageing
+        if self.vitals is not None:
+            self.vitals.stall = config.stall
+
+    async def rest(self, rank: Rank = Rank.HOUSE) -> list[Permit]:
+        """
+        All permits of its slots, each as soon as it is free; none while its server is away.
+
+        Cancelling it gives back those that it has.
+        """
+        if self._is_away:
+            return []
+        permits: list[Permit] = []
+        try:
+            while len(permits) < self.config.slots:
+                permits.append(await self.line.join(Ticket(rank)))
+        except BaseException:
+            for permit in permits:
+                permit.finished()
+            raise
+        return permits
 
     async def props(self) -> Props:
         """
@@ -107,30 +153,87 @@ class Tier:
             except ApiError:
                 self._props = None
                 raise
-            if found != self._props:
+            if found != self._met:
                 await self._meet(found)
-            self._props = found
+            self._props = self._met = found
         return self._props
 
-    async def ready(self) -> None:
-        """
-        Wait for a server that is loading.
+    # --- a server that comes and goes -------------------------------------------------------------
 
-        Raises:
-            ApiError: it is down, or it is not ready within `startup_patience`; or too many wait.
-        """
+    async def is_up(self) -> bool:
+        """Whether its server answers, or is on its way for the first time or after a restart."""
+        if self.child is not None:
+            return self.child.state in (State.STARTING, State.LOADING, State.READY)
         try:
             await self.props()
         except ApiError as error:
-            if not await self._is_coming(error):
-                raise
-            await self._wait_for_it()
+            # What refuses for good is up, and will say so itself.
+            return not isinstance(error, Unavailable) or await self.client.is_loading()
+        return True
 
-    async def _is_coming(self, error: ApiError) -> bool:
-        """Whether a server that refuses with `error` will answer before long."""
-        if error.status != 503 or self.config.startup_patience == 0:
-            return False
-        return self.config.server is not None or await self.client.is_loading()
+    async def ready(self) -> None:
+        """
+        Wait for a server that loads, or that is gone and comes back.
+
+        Raises:
+            ApiError: it does not come within `startup_patience`, or at all; or too many wait.
+        """
+        if not self._is_away:
+            try:
+                await self.props()
+            except Unavailable as error:
+                if not self.config.startup_patience:
+                    raise down(error.message) from None
+            else:
+                return
+        await self._wait_for_it()
+
+    def lost(self) -> None:
+        """It went away; what it said of itself is worth nothing now."""
+        self._props = None
+
+    def hear(self, line: str) -> None:
+        """A line of the output of a server of ours."""
+        if self.progress.listen(line):
+            self._sign()
+
+    def token(self) -> None:
+        """The server said something in an answer."""
+        self._sign()
+
+    def server_is(self, state: State) -> None:
+        """A server of ours came into another state."""
+        assert self.vitals is not None
+        self.lost()
+        if state is State.READY:
+            self.vitals.start()
+            self.line.server_up()
+            self.pace.emptied()
+        else:
+            self.vitals.stop()
+            self.line.server_down(self._away())
+        if self._alarm is not None and self._alarm.active():
+            self._alarm.reset(0)  # somebody waits for this
+
+    @property
+    def _is_away(self) -> bool:
+        return self.child is not None and self.child.state is not State.READY
+
+    def _away(self) -> Unavailable:
+        assert self.child is not None
+        why = self.child.status()["reason"] or f"it is {self.child.state.value}"
+        return unavailable(f"The model server of tier {self.name!r} is not there: {why}.")
+
+    def _works(self) -> bool:
+        return bool(self.line.running or self.line.settling)
+
+    def _sign(self) -> None:
+        if self.vitals is not None:
+            self.vitals.sign()
+
+    def _stuck(self, why: str) -> None:
+        assert self.child is not None
+        self.child.stuck(why)
 
     async def _wait_for_it(self) -> None:
         if len(self._awaiting) >= self.config.max_waiting:
@@ -145,22 +248,42 @@ class Tier:
         await come
 
     async def _look(self) -> None:
-        """Ask the server once a second, while somebody waits for it."""
+        """Look for the server, while somebody waits for it."""
         until = self._reactor.seconds() + self.config.startup_patience
         failure: ApiError | None = None
-        while self._awaiting:
-            await deferLater(self._reactor, _LOOK)
-            try:
-                await self.props()
-            except ApiError as error:
-                if self._reactor.seconds() < until and await self._is_coming(error):
-                    continue
-                failure = error
-            break
+        for attempt in count():
+            failure = await self._missing()
+            if failure is None or not self._awaiting:
+                break
+            if self._reactor.seconds() >= until or self._is_given_up:
+                break
+            await self._sleep(_LOOK(attempt))
         self._looking = None
         awaiting, self._awaiting = self._awaiting, []
         for come in awaiting:
             come.callback(None) if failure is None else come.errback(Failure(failure))
+
+    def _sleep(self, seconds: float) -> Deferred[None]:
+        """Fires after so long, or when a server of ours comes into another state."""
+        slept: Deferred[None] = Deferred(lambda _: alarm.cancel())
+        alarm = self._alarm = self._reactor.callLater(seconds, slept.callback, None)
+        return slept
+
+    @property
+    def _is_given_up(self) -> bool:
+        return self.child is not None and self.child.state in (State.FAILED, State.STOPPED)
+
+    async def _missing(self) -> ApiError | None:
+        """Why nobody can be sent to the server; None if it is there."""
+        if self._is_away:
+            return down(self._away().message)
+        try:
+            await self.props()
+        except Unavailable as error:
+            return down(error.message)
+        except ApiError as error:
+            return error
+        return None
 
     async def template(self) -> Template:
         """
@@ -244,4 +367,6 @@ class Tier:
             "settling": self.line.settling,
             "waiting": self.line.waiting + len(self._awaiting),
             "pace": self.pace.status(),
+            "process": None if self.child is None else self.child.status(),
+            "refused": self.deaths.status(),
         }

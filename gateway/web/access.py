@@ -221,6 +221,7 @@ class QuietSite(Site):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.connections: set[PoliteChannel] = set()
+        self.access: Access
         self._empty: Deferred[None] | None = None
 
     def log(self, request: Any) -> None:
@@ -253,10 +254,11 @@ class QuietSite(Site):
 def site(resource: Any, access: Access, reactor: Any) -> QuietSite:
     """The site in front of `resource`, with `access` at its door."""
     factory = QuietSite(resource, timeout=60, reactor=reactor, parsePOSTFormSubmission=False)
+    factory.access = access
 
     def guarded(channel: HTTPChannel, *args: Any, **kwargs: Any) -> BoundedRequest:
         request = BoundedRequest(channel, *args, **kwargs)
-        request.access = access
+        request.access = factory.access
         return request
 
     factory.requestFactory = cast("type[Request]", guarded)

@@ -47,9 +47,11 @@ class Reply:
     def request_id(self) -> str:
         return self.request.request_id
 
-    def routed(self, tier: str, kind: str) -> None:
+    def routed(self, tier: str, kind: str, degraded: str = "") -> None:
         self.request.setHeader("x-claudegw-tier", tier)
         self.request.setHeader("x-claudegw-call", kind)
+        if degraded:
+            self.request.setHeader("x-claudegw-degraded", degraded)
 
     def begin(self) -> None:
         self.begun = True

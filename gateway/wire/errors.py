@@ -95,14 +95,30 @@ def prompt_too_long(tokens: int, window: int) -> ApiError:
     return invalid(f"prompt is too long: {tokens} tokens > {window - 1} maximum")
 
 
-def unavailable(message: str, retry_after: int = 5) -> ApiError:
-    """The model's server is down or loading: 503, to be tried again."""
-    return ApiError("api_error", message, status=503, retry_after=retry_after)
+@attrs.frozen(auto_exc=True)
+class Unavailable(ApiError):
+    """The model's server is down or loading, and the same call will do once it is up."""
+
+
+def unavailable(message: str) -> Unavailable:
+    """The model's server is down or loading: 503, to be tried again, by us if that makes sense."""
+    return Unavailable("api_error", message, status=503, retry_after=5)
 
 
 def stopping() -> ApiError:
-    """The gateway is on its way out: 503, to be tried again."""
-    return unavailable("The gateway is stopping; try again.")
+    """The gateway is on its way out: 503, to be tried again by the client."""
+    return down("The gateway is stopping; try again.")
+
+
+def down(message: str, *, should_retry: bool | None = None) -> ApiError:
+    """Nobody is there to answer, however long one waits here: 503."""
+    soon = None if should_retry is False else 5
+    return ApiError("api_error", message, status=503, retry_after=soon, should_retry=should_retry)
+
+
+def poisonous(message: str) -> ApiError:
+    """The call itself ends the model's server: 500, never to be tried again."""
+    return ApiError("api_error", message, should_retry=False)
 
 
 def overloaded(message: str, retry_after: int) -> ApiError:

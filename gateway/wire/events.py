@@ -98,6 +98,10 @@ class Usage:
         self.cached = said.get("cache_read_input_tokens") or self.cached
         self.output = said.get("output_tokens") or self.output
 
+    def forget(self) -> None:
+        """Nothing is known any more."""
+        self.input, self.cached, self.output = None, 0, 0
+
     def as_json(self) -> dict[str, int]:
         """As the Messages API has it."""
         return {
@@ -167,6 +171,13 @@ class Repair:
         if not self._started:
             self.usage.input = tokens
         return self._start()
+
+    def again(self) -> None:
+        """The upstream begins anew; of what came so far the client has the beginning at most."""
+        self._block, self._next_index, self._has_tool_use = None, 0, False
+        self._left_out.clear()
+        self._ending = None
+        self.usage.forget()
 
     def feed(self, event: SSEEvent) -> list[Event]:
         """
@@ -350,6 +361,11 @@ class Assembly:
         """These came next."""
         for event in events:
             self._add(event.body)
+
+    def again(self) -> None:
+        """Everything after the beginning will come anew."""
+        self._message["content"] = []
+        self._parts.clear()
 
     def _add(self, body: Mapping[str, Json]) -> None:
         match body["type"]:

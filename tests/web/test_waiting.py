@@ -246,14 +246,14 @@ def test_a_call_waits_for_a_server_that_loads() -> None:
     assert_at_rest(house, *browsers)
 
 
-def test_a_server_that_loads_is_asked_once_a_second_by_all() -> None:
-    """Many waiting calls ask no more than one, and nobody asks when nobody waits."""
+def test_a_server_that_loads_is_asked_once_by_all() -> None:
+    """Many waiting calls ask no more than one, ever more seldom, and without them nobody asks."""
     house = Household.built()
     house.main.status = 503
     browsers = [house.ask(turn(stream=True)) for _ in range(10)]
     before = house.main.paths().count("/props")
     wait(house, 10)
-    assert house.main.paths().count("/props") - before == 10
+    assert 4 <= house.main.paths().count("/props") - before <= 14
     for browser in browsers:
         browser.leave()
     wait(house, 3)
@@ -283,7 +283,7 @@ def test_a_server_that_comes_and_refuses_the_call_gives_a_status() -> None:
     browser = house.ask(turn("x" * 100, stream=True))
     wait(house, 100)
     house.main.status = None
-    wait(house, 2)
+    wait(house, 3)
     assert browser.status == 400
     assert "prompt is too long" in browser.json["error"]["message"]
 
