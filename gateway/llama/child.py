@@ -198,10 +198,6 @@ def _start(command: Sequence[str], env: Mapping[str, str]) -> tuple[list[str], d
 # --- the process ----------------------------------------------------------------------------------
 
 
-class _InTheWay(Exception):
-    """Somebody else answers where our server would."""
-
-
 @attrs.define(eq=False)
 class _Core:
     """
@@ -211,6 +207,8 @@ class _Core:
         since: when it came into its state.
         reason: why it is not ready, or why it ended last; None before that.
         started_with: its command and environment at the last start.
+        in_doubt: another server answered before it was started.  If that one has its place, it
+            ends while it is young.
         failures: ends since it last stayed ready; the pause grows with them.
         ends: when it was started again unasked, within the window.
         stopping: who waits for it to be gone.
@@ -226,6 +224,7 @@ class _Core:
     output: Output | None = None
     started_with: tuple[list[str], dict[str, str]] | None = None
     spawned: float = 0.0
+    in_doubt: bool = False
     failures: int = 0
     ends: list[float] = attrs.field(factory=list)
     stopping: list[Deferred[None]] = attrs.field(factory=list)
@@ -254,23 +253,28 @@ class _Core:
 
     async def clear(self) -> None:
         """
-        See to it that a server can start: nothing that we left runs, nobody has its place.
+        See to it that a server can start.
 
         Raises:
-            StillThere, _InTheWay: it cannot.
+            StillThere: one that we left behind does not end.
         """
         await self.record.end_orphan(self.child.limits.stop_grace)
-        if await self._health() is not Health.DOWN:
-            raise _InTheWay("another server answers where it would")
+        self.in_doubt = await self._health() is not Health.DOWN
+        if self.in_doubt:
+            log.warn("tier {tier}: another server answers where ours will", tier=self.child.tier)
+            return
         # llama-server leaves its socket file behind, and does not start over one.
         if (socket := socket_file(self.child.command)) is not None and socket.is_socket():
             socket.unlink()
 
     async def ask(self) -> Health:
-        """How the server is, a moment from now."""
-        young = self.reactor.seconds() - self.spawned < _YOUNG
-        await deferLater(self.reactor, _SOON if young else _LATER)
-        return await self._health()
+        """How the server is, a moment from now; who answered before it may only seem to be it."""
+        await deferLater(self.reactor, _SOON if self.is_young() else _LATER)
+        health = await self._health()
+        return Health.DOWN if self.in_doubt and self.is_young() else health
+
+    def is_young(self) -> bool:
+        return bool(self.reactor.seconds() - self.spawned < _YOUNG)
 
     async def _health(self) -> Health:
         try:

@@ -197,14 +197,16 @@ async def test_the_next_start_ends_what_a_killed_gateway_left(scene: Scene) -> N
 
 
 async def test_a_server_of_somebody_else_is_left_alone(scene: Scene) -> None:
-    """Nothing is started where another server answers, and that one is not touched."""
+    """Ours ends since the port is taken, is never taken to be ready, and starts when it is free."""
     orphan = left_behind(scene)
     (scene.folder / "main.child").unlink()
     try:
         scene.child.startService()
         await scene.until("backoff")
         assert not is_gone(orphan)
-        assert "another server answers" in str(scene.child.status()["reason"])
+        assert scene.child.status()["reason"] == "it ended with status 1"
+        assert "Address already in use" in str(scene.child.status()["last_words"])
+        assert "ready" not in scene.states
     finally:
         os.kill(orphan, signal.SIGKILL)
     assert eventually(lambda: is_gone(orphan), 30)

@@ -93,6 +93,7 @@ class Nursery:
     Attributes:
         says: what our server answers about its health; None: it does not answer at all.
         stranger: another server answers where ours would.
+        stranger_before: it did when it was last asked while none of ours ran.
         asked: how often it was asked for its health.
         unanswered: questions that wait for an answer.
         heard: the lines that the child's listener was told.
@@ -107,6 +108,7 @@ class Nursery:
     reactor: ProcessReactor = attrs.field(factory=ProcessReactor)
     says: Health | None = Health.DOWN
     stranger: bool = False
+    stranger_before: bool = False
     asked: int = 0
     unanswered: list[Deferred[Health]] = attrs.field(factory=list)
     heard: list[str] = attrs.field(factory=list)
@@ -126,18 +128,19 @@ class Nursery:
             limits=self.limits,
             on_line=self.heard.append,
             on_state=lambda state: self.states.append(state.value),
-            end_calls=lambda: self.ended.append(self._signals()),
+            end_calls=self.end_calls,
         )
 
-    def _signals(self) -> int:
-        return sum(len(process.signals) for process in self.reactor.started)
+    def end_calls(self) -> None:
+        self.ended.append(sum(len(process.signals) for process in self.reactor.started))
 
     async def _health(self) -> Health:
         self.asked += 1
+        if not self.reactor.alive():
+            self.stranger_before = self.stranger
+            return Health.READY if self.stranger else Health.DOWN
         if self.stranger:
             return Health.READY
-        if not self.reactor.alive():
-            return Health.DOWN
         if self.says is not None:
             return self.says
         answer: Deferred[Health] = Deferred(self.unanswered.remove)
@@ -315,22 +318,34 @@ def test_a_question_that_fails_is_asked_again(nursery: Nursery) -> None:
 
 
 def test_another_server_in_its_place_is_not_taken_for_it(nursery: Nursery) -> None:
-    """Where somebody answers already nothing is started, and nothing is ready."""
+    """Where somebody answers already, ours is not ready before it has shown that it can stay."""
     nursery.stranger = True
     nursery.child.startService()
-    assert nursery.state == "backoff"
-    assert nursery.reactor.started == []
-    nursery.stranger = False
-    nursery.take_errors()
-    nursery.reactor.advance(5)
-    assert len(nursery.reactor.started) == 1
-    nursery.stranger = True
-    nursery.process.ends(status=1)
-    nursery.reactor.pump([1.0] * 100)
+    for _ in range(6):
+        nursery.reactor.pump([0.25] * 20)
+        assert nursery.state == "starting"
+        nursery.process.ends(status=1)
+        nursery.reactor.advance(10)
     nursery.take_errors()
     assert "ready" not in nursery.states
     assert nursery.state == "failed"
-    assert "another server answers where it would" in str(nursery.child.status()["reason"])
+    assert "another server answers where ours will" in nursery.said
+    nursery.child.retry()
+    nursery.reactor.pump([0.25] * 45)
+    assert nursery.state == "ready"
+
+
+def test_another_server_makes_nothing_ready_that_is_gone(nursery: Nursery) -> None:
+    """An answer that comes after the end of our process is none of ours."""
+    nursery.says = None
+    nursery.child.startService()
+    nursery.reactor.advance(0.25)
+    nursery.process.ends(status=1)
+    nursery.take_errors()
+    assert nursery.unanswered == []
+    nursery.stranger = True
+    nursery.reactor.pump([0.25] * 3)
+    assert nursery.state == "backoff"
 
 
 def test_a_socket_that_was_left_behind_is_removed(nursery: Nursery) -> None:
@@ -730,6 +745,40 @@ def test_a_listener_may_ask_for_something(
     nursery.reactor.advance(0.25)
     assert state in states
     assert (states[-1] == "draining") == (ask is not Child.retry)
+
+
+def test_a_question_is_ended_before_the_calls(nursery: Nursery) -> None:
+    """Hanging up on the server may answer a question about it, which nobody asks any more."""
+    nursery.says = None
+    nursery.child.startService()
+    nursery.reactor.advance(0.25)
+    (question,) = nursery.unanswered
+
+    def answer() -> None:
+        if not question.called:
+            question.callback(Health.READY)
+
+    nursery.child.end_calls = answer
+    nursery.child.restart()
+    nursery.process.ends()
+    assert [event for event in nursery.events if "log_failure" in event] == []
+    assert nursery.states == ["starting", "draining", "starting"]
+
+
+def test_who_waited_for_a_stop_may_start_again(nursery: Nursery) -> None:
+    """He is told when it has come to rest, and what he asks for then is done."""
+    nursery.be("ready")
+    nursery.child.stopService().addCallback(lambda _: nursery.child.startService())
+    nursery.process.ends()
+    assert nursery.states[-3:] == ["draining", "stopped", "starting"]
+
+
+def test_a_stop_in_the_pause_ends_it(nursery: Nursery) -> None:
+    """A service that is stopped starts nothing any more."""
+    nursery.be("backoff")
+    assert fired(nursery.child.stopService()) == [None]
+    assert nursery.state == "stopped"
+    assert nursery.nothing_is_left()
 
 
 def test_status_tells_all(nursery: Nursery) -> None:

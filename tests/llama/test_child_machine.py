@@ -58,31 +58,45 @@ class Childhood(RuleBasedStateMachine):
     wanted: bool
     #: The stops that somebody waits for.
     stops: list[list[None]]
-    #: What a listener asks for at the next change of state.
-    wish: str | None
+    #: What is asked for by who is told of the next state, and by who is told of a stop.
+    wishes: dict[str, str]
 
     @initialize()
     def begin(self) -> None:
         self.folder = Path(mkdtemp())
         self.nursery = Nursery(self.folder, LIMITS)
         self.states = ["stopped"]
-        self.wanted, self.stops, self.wish = False, [], None
+        self.wanted, self.stops, self.wishes = False, [], {}
         self.more = 0
         self.nursery.child.on_state = self._told
+        self.nursery.child.end_calls = self._end_calls
 
     def _told(self, state: State) -> None:
         self.states.append(state.value)
         assert self.nursery.child.state is state
-        wish, self.wish = self.wish, None
-        if wish is not None:
-            self._ask(wish)
+        if state is State.STARTING:
+            self.starting_since = self.nursery.reactor.seconds()
+        if state in (State.READY, State.LOADING) and self.nursery.stranger_before:
+            assert self.nursery.reactor.seconds() - self.starting_since >= 10
+        self._grant("state")
+
+    def _grant(self, whose: str) -> None:
+        if whose in self.wishes:
+            self._ask(self.wishes.pop(whose))
+
+    def _end_calls(self) -> None:
+        """Questions are calls, too: whoever waits for an answer gets one."""
+        self.nursery.end_calls()
+        for question in list(self.nursery.unanswered):
+            self.nursery.unanswered.remove(question)
+            question.callback(Health.DOWN)
 
     def _ask(self, wish: str) -> None:
         if wish in ("start", "stop"):
             self.wanted = wish == "start"
         answer: Any = ASK[wish](self.nursery.child)
         if wish == "stop":
-            self.stops.append(fired(answer))
+            self.stops.append(fired(answer.addCallback(lambda _: self._grant("stop"))))
 
     # --- what can happen --------------------------------------------------------------------------
 
@@ -117,9 +131,9 @@ class Childhood(RuleBasedStateMachine):
         self.more += 1
         self.nursery.child.replace((*WORDS, f"--more={self.more}"), {})
 
-    @rule(wish=st.sampled_from(sorted(ASK)))
-    def a_listener_has_a_wish(self, wish: str) -> None:
-        self.wish = wish
+    @rule(whose=st.sampled_from(["state", "stop"]), wish=st.sampled_from(sorted(ASK)))
+    def a_listener_has_a_wish(self, whose: str, wish: str) -> None:
+        self.wishes[whose] = wish
 
     @precondition(lambda self: self.nursery.reactor.alive())
     @rule(how=st.sampled_from([(0, None), (1, None), (0, 9), (0, 11)]))
@@ -237,7 +251,7 @@ class Childhood(RuleBasedStateMachine):
         if not hasattr(self, "nursery"):
             return
         nursery = self.nursery
-        self.wish = None
+        self.wishes = {}
         stopped = fired(nursery.child.stopService())
         nursery.reactor.advance(LIMITS.stop_grace)
         for process in nursery.reactor.alive():
