@@ -773,6 +773,19 @@ def test_who_waited_for_a_stop_may_start_again(nursery: Nursery) -> None:
     assert nursery.states[-3:] == ["draining", "stopped", "starting"]
 
 
+def test_who_waited_for_a_stop_may_stop_it_once_more(nursery: Nursery) -> None:
+    """A start came between, so there is something to stop again."""
+    nursery.be("ready")
+    stops: list[list[None]] = []
+    again = nursery.child.stopService()
+    again.addCallback(lambda _: stops.append(fired(nursery.child.stopService())))
+    nursery.child.startService()
+    nursery.process.ends()
+    assert (nursery.state, len(nursery.reactor.alive())) == ("draining", 1)
+    nursery.process.ends()
+    assert (nursery.state, stops) == ("stopped", [[None]])
+
+
 def test_a_stop_in_the_pause_ends_it(nursery: Nursery) -> None:
     """A service that is stopped starts nothing any more."""
     nursery.be("backoff")

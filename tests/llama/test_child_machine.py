@@ -61,10 +61,11 @@ class Childhood(RuleBasedStateMachine):
     #: What is asked for by who is told of the next state, and by who is told of a stop.
     wishes: dict[str, str]
 
-    @initialize()
-    def begin(self) -> None:
+    @initialize(says=st.sampled_from([None, *Health]))
+    def begin(self, says: Health | None) -> None:
         self.folder = Path(mkdtemp())
         self.nursery = Nursery(self.folder, LIMITS)
+        self.nursery.says = says
         self.states = ["stopped"]
         self.wanted, self.stops, self.wishes = False, [], {}
         self.more = 0
@@ -263,7 +264,7 @@ class Childhood(RuleBasedStateMachine):
         shutil.rmtree(self.folder)
 
 
-Childhood.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+Childhood.TestCase.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
 TestChildhood = Childhood.TestCase
 
 
