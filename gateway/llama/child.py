@@ -289,7 +289,7 @@ class _Core:
         """Start the process; raises whatever speaks against it."""
         child = self.child
         command, env = self.started_with = _start(child.command, child.env)
-        self.spawned = self.reactor.seconds()
+        self.spawned, self.output = self.reactor.seconds(), None
         shown = shlex.join(without_key(command))
         log.info("tier {tier}: starting {command}", tier=child.tier, command=shown)
         whole_env = {**os.environ, **env}
