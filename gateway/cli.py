@@ -111,7 +111,7 @@ def _launchd(config: Config, options: Namespace) -> None:
     path = os.environ.get("PATH", "")
     here = Installation(twistd, options.config.absolute(), Path.cwd(), path)
     try:
-        agent = launch_agent(gateway, here)
+        agent = launch_agent(config, here)
     except ValueError as error:
         raise ConfigError([str(error)]) from None
     if not options.install:

@@ -258,6 +258,12 @@ class Config:
     tier: Mapping[str, Tier] = attrs.field(factory=dict)
     route: tuple[RouteRule, ...] = ()
 
+    @property
+    def longest_grace(self) -> float:
+        """Seconds that answers under way, and then the servers, get to end."""
+        servers = [tier.server for tier in self.tier.values() if tier.server is not None]
+        return self.gateway.grace + max((server.stop_grace for server in servers), default=0.0)
+
 
 def load(path: Path, kinds: tuple[str, ...]) -> Config:
     """

@@ -250,9 +250,7 @@ class House(MultiService):
     async def _stop(self) -> None:
         """Let nobody in, let the answers under way end, stop the servers: in this order."""
         self.running = False
-        servers = [tier.server for tier in self.config.tier.values() if tier.server is not None]
-        longest = max((server.stop_grace for server in servers), default=0.0)
-        notify(stopping(self.config.gateway.grace + longest))
+        notify(stopping(self.config.longest_grace))
         if self._announcing is not None:
             self._announcing.cancel()
         for changing in list(self._changing):

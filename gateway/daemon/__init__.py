@@ -12,5 +12,5 @@ _AFTERWARDS: Final = 60.0
 
 
 def longest_stop(grace: float) -> float:
-    """Seconds that a gateway needs to stop, at most, whose answers get `grace` seconds to end."""
+    """Seconds that a gateway needs to stop, at most, whose answers and servers get `grace` to end."""
     return grace + _AFTERWARDS

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 import attrs
 
-from gateway.config import Gateway
+from gateway.config import Config, Gateway
 from gateway.daemon import BEFORE_THE_LOG, longest_stop
 
 LABEL: Final = "local.claudegw"
@@ -53,14 +53,14 @@ class Installation:
     path: str
 
 
-def launch_agent(gateway: Gateway, here: Installation) -> dict[str, Any]:
+def launch_agent(config: Config, here: Installation) -> dict[str, Any]:
     """
     The LaunchAgent's keys.
 
     Raises:
         ValueError: the socket is to be launchd's, and nothing says where it listens.
     """
-    state = gateway.state_dir
+    gateway, state = config.gateway, config.gateway.state_dir
     log, before = state / "claudegw.log", str(state / BEFORE_THE_LOG)
     twistd = [str(here.twistd), "-n", "--pidfile=", f"--logfile={log}"]
     path = dict.fromkeys((*filter(None, here.path.split(":")), *_PROGRAMS))
@@ -74,7 +74,7 @@ def launch_agent(gateway: Gateway, here: Installation) -> dict[str, Any]:
         # Seconds between two starts; it ends by itself only where it could not start.
         "ThrottleInterval": 10,
         # Seconds between SIGTERM and SIGKILL.
-        "ExitTimeOut": ceil(longest_stop(gateway.grace)),
+        "ExitTimeOut": ceil(longest_stop(config.longest_grace)),
         # Any other kind is slowed down while nobody looks at it.
         "ProcessType": "Interactive",
         "SoftResourceLimits": {"NumberOfFiles": _FILES},

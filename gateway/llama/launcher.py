@@ -46,6 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     """Become the program in `arguments`, behind the process id of who started us."""
     parent, *command = arguments
     _ask_the_kernel()
+    os.setpgid(0, 0)  # a Control-C at the gateway's terminal is for the gateway alone
     if os.getppid() != int(parent):
         return _CANNOT_RUN  # it was gone before the kernel knew what to do then
     try:
