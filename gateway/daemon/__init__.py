@@ -12,5 +12,5 @@ _AFTERWARDS: Final = 60.0
 
 
 def longest_stop(grace: float) -> float:
-    """Seconds that a gateway needs to stop, at most, whose answers and servers get `grace` to end."""
+    """Seconds that a gateway needs to stop at most, with `grace` for its answers and servers."""
     return grace + _AFTERWARDS
