@@ -62,6 +62,9 @@ PATIENCE: Final = 60.0
 #: The same for the question how it is, which a thread of its own answers.
 _HEALTH_PATIENCE: Final = 10.0
 
+#: Seconds that the saving or restoring of a slot may take; a state may have tens of gigabytes.
+SLOT_PATIENCE: Final = 600.0
+
 #: Bytes that an answer to a short question may have; a template rendered is the longest.
 _LONGEST_ANSWER: Final = 64 * 1024 * 1024
 
@@ -115,6 +118,22 @@ class Completion:
     generated: int
     prefill: float = 0.0
     generation: float = 0.0
+
+
+@attrs.frozen
+class Moved:
+    """
+    A slot's state that was saved or restored.
+
+    Attributes:
+        tokens: that it holds; 0 for a slot that held none.
+        size: bytes of its file.
+        seconds: what it took the server.
+    """
+
+    tokens: int
+    size: int
+    seconds: float
 
 
 @implementer(IBodyProducer)
@@ -392,22 +411,64 @@ class LlamaClient:
             generation=float(timings.get("predicted_ms", 0)) / 1000,
         )
 
+    async def save_slot(self, slot: int, filename: str) -> Moved:
+        """
+        Write a slot's state to a file in the server's ``--slot-save-path``.
+
+        A slot that works is saved when it is done, and the server answers nobody else meanwhile:
+        hold its permit.  Cancelling this hangs up; the server writes on.  Raises ApiError: 501
+        without a folder, 400 for a name with separators.
+        """
+        said = await self._slot(slot, "save", {"filename": filename})
+        try:
+            seconds = float(said["timings"]["save_ms"]) / 1000
+            return Moved(int(said["n_saved"]), int(said["n_written"]), seconds)
+        except (KeyError, TypeError, ValueError):
+            raise self._no_llama() from None
+
+    async def restore_slot(self, slot: int, filename: str) -> Moved:
+        """
+        Read a slot's state from a file that `save_slot` wrote; hold its permit, likewise.
+
+        Raises ApiError (400) where the server cannot read the file; the slot is empty then.
+        """
+        said = await self._slot(slot, "restore", {"filename": filename})
+        try:
+            seconds = float(said["timings"]["restore_ms"]) / 1000
+            return Moved(int(said["n_restored"]), int(said["n_read"]), seconds)
+        except (KeyError, TypeError, ValueError):
+            raise self._no_llama() from None
+
+    async def erase_slot(self, slot: int) -> int:
+        """Empty a slot; the tokens that it held."""
+        said = await self._slot(slot, "erase", {})
+        try:
+            return int(said["n_erased"])
+        except (KeyError, TypeError, ValueError):
+            raise self._no_llama() from None
+
+    async def _slot(self, slot: int, action: str, wanted: Mapping[str, Json]) -> Json:
+        path = f"/slots/{slot}?action={action}"
+        return await self._ask("POST", path, wanted, patience=SLOT_PATIENCE)
+
     # --- how it is asked --------------------------------------------------------------------------
 
-    async def _ask(self, method: str, path: str, body: Json = None) -> Json:
-        """The JSON answer to a short question, within `PATIENCE`."""
+    async def _ask(
+        self, method: str, path: str, body: Json = None, patience: float = PATIENCE
+    ) -> Json:
+        """The JSON answer to a question, within so many seconds."""
 
         async def ask() -> Json:
             return await self._json(await self._request(method, path, body))
 
         asked = Deferred.fromCoroutine(ask())
-        asked.addTimeout(PATIENCE, self._reactor)
+        asked.addTimeout(patience, self._reactor)
         try:
             return await asked
         except TimedOut:
             raise unavailable(
                 f"The model server of tier {self.tier!r} did not answer {path}"
-                f" within {PATIENCE:.0f} seconds."
+                f" within {patience:.0f} seconds."
             ) from None
         except Lost:
             raise self._gone() from None
