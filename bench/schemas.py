@@ -2,8 +2,8 @@
 Random schemas, asked of both tiers: how many answers fit, how long they take.
 
 ``python -m bench.schemas [--many N] [--seed S]`` starts the embedded servers and a gateway, draws N
-schemas of the supported kind (`tests.schemas`) and asks each tier for an answer of at most 160
-tokens under each of them.
+schemas of the supported kind (`tests.schemas`) and asks each tier for an answer of 160 tokens
+under each of them, or as many as its shortest one has characters.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import orjson
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from jsonschema import Draft202012Validator
 
+from gateway.policy.schema import read
 from tests.e2e.stack import GEMMA, SMOLLM, Running, start_gateway, start_server
 from tests.schemas import answers
 
@@ -51,7 +52,8 @@ def asked(gateway: Running, tier: str, schema: Any) -> tuple[str, float]:
     """What became of one question, and its seconds."""
     body = {
         "model": f"claudegw-{tier}",
-        "max_tokens": TOKENS,
+        # An answer whose shortest form is longer cannot be had in fewer.
+        "max_tokens": max(TOKENS, read(schema).shape.shortest),
         "output_config": {"format": {"type": "json_schema", "schema": schema}},
         "messages": [{"role": "user", "content": "Name this session: mend the login page."}],
     }

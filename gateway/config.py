@@ -152,6 +152,7 @@ class Gateway:
         body_limit: bytes that a request's body may have.
         grace: seconds that answers under way get to end when the service stops.
         start_after: seconds after which a waiting stream is begun before the model begins it.
+        snapshot_budget: MiB that saved slots may have on the disk; 0 saves none.
     """
 
     listen: str = attrs.field(
@@ -171,6 +172,7 @@ class Gateway:
     body_limit: int = attrs.field(default=32 * MIB, metadata=_between(1024))
     grace: float = attrs.field(default=30.0, metadata=_between(0, 3600))
     start_after: float = attrs.field(default=500.0, metadata=_between(1, 590))
+    snapshot_budget: int = attrs.field(default=32 * 1024, metadata=_between(0))
 
 
 @attrs.frozen
@@ -213,6 +215,8 @@ class Tier:
         stall: seconds without any progress after which a server of ours is started anew.
         answer_tokens: longest free-text answer to a housekeeping call, in tokens.
         schema_tokens: longest answer under a schema, in tokens.
+        snapshot_idle: seconds without a call after which a slot is saved.
+        snapshot_min_tokens: tokens that must be new, for a slot to be saved.
         server: how to start it; None if somebody else does.
     """
 
@@ -229,6 +233,8 @@ class Tier:
     startup_patience: float = attrs.field(default=900.0, metadata=_between(0))
     resends: int = attrs.field(default=2, metadata=_between(0, 100))
     stall: float = attrs.field(default=180.0, metadata=_between(1))
+    snapshot_idle: float = attrs.field(default=20.0, metadata=_between(0))
+    snapshot_min_tokens: int = attrs.field(default=2048, metadata=_between(1))
     answer_tokens: int = attrs.field(default=1024, metadata=_between(16))
     schema_tokens: int = attrs.field(default=512, metadata=_between(64))
     server: Server | None = None

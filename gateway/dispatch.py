@@ -354,6 +354,7 @@ def _ticket(ready: _Prepared) -> Ticket:
         ready.tokens,
         cache(partial(ready.tier.pace.seen, body)),
         ready.record.arrived,
+        ready.record.knows_cold,
     )
 
 

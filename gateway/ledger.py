@@ -43,6 +43,7 @@ class Record:
         ended: when it was over; None while it is not.
         resent: how often its server went away, and it was sent again.
         usage: what it cost.
+        cold: why its prompt was as cold as it was.
         outcome: what became of it.
     """
 
@@ -57,7 +58,12 @@ class Record:
     resent: int = 0
     ended: float | None = None
     usage: Usage = attrs.field(factory=Usage)
+    cold: Any = None
     outcome: str = ""
+
+    def knows_cold(self, cold: Any) -> None:
+        """Why its prompt was as cold as it was."""
+        self.cold = cold
 
     def again(self) -> None:
         """It waits anew, for a server that went away."""
@@ -81,6 +87,7 @@ class Record:
             "input": self.usage.input,
             "cached": self.usage.cached,
             "output": self.usage.output,
+            "cold": self.cold,
             "outcome": self.outcome or ("waiting" if self.started is None else "running"),
         }
 

@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Coroutine
 from importlib.metadata import version
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from shlex import quote
 from typing import Any, ClassVar, Final
@@ -26,15 +26,16 @@ from twisted.python import usage
 from twisted.python.failure import Failure
 
 from gateway.changes import Changes, between
-from gateway.config import Config, ConfigError, Server, load
+from gateway.config import MIB, Config, ConfigError, Gateway, Server, load
 from gateway.daemon.log import Logged, log_file
 from gateway.daemon.notify import READY, notify, reloading, stopping
 from gateway.daemon.sockets import check_door
 from gateway.dispatch import Dispatch
 from gateway.ledger import Ledger
 from gateway.llama.child import Child, Limits, State
-from gateway.llama.client import LlamaClient
+from gateway.llama.client import SLOT_PATIENCE, LlamaClient
 from gateway.llama.command import command
+from gateway.llama.snapshots import Store
 from gateway.policy.calls import KINDS
 from gateway.policy.order import Rank
 from gateway.tier.tier import Tier
@@ -217,6 +218,7 @@ class House(MultiService):
         child.limits = _limits(config.server)
         line = command(config, config.server, self.config.gateway.state_dir)
         if child.replace(line, config.server.env):
+            _keep(tier, child, self.config.gateway)
             log.info("tier {tier}: its server is started anew when it rests", tier=tier.name)
             self._later(_restart(tier, child))
         elif child.state is State.FAILED:
@@ -248,7 +250,7 @@ class House(MultiService):
         return Deferred.fromCoroutine(self._stop())
 
     async def _stop(self) -> None:
-        """Let nobody in, let the answers under way end, stop the servers: in this order."""
+        """Let nobody in, let answers end, save what slots hold, stop the servers: in this order."""
         self.running = False
         notify(stopping(self.config.longest_grace))
         if self._announcing is not None:
@@ -260,6 +262,8 @@ class House(MultiService):
             tier.stop()
         await self.api.drain(self.config.gateway.grace, self._reactor)
         await self._site.hang_up(_LAST_BYTES, self._reactor)
+        for tier in self.tiers.values():
+            await tier.cache.rest(self.config.gateway.grace)
         children = [tier.child for tier in self.tiers.values() if tier.child is not None]
         await gatherResults([child.stopService() for child in children])
 
@@ -291,7 +295,18 @@ def _tier(config: Config, name: str, reactor: Any) -> Tier:
             on_state=tier.server_is,
             end_calls=client.hang_up,
         )
+        _keep(tier, tier.child, config.gateway)
     return tier
+
+
+def _keep(tier: Tier, child: Child, gateway: Gateway) -> None:
+    """Let the tier keep what its server's slot holds, where that can be done."""
+    cache, line = tier.cache, tuple(child.command)
+    cache.command, cache.env = line, child.env
+    cache.prefix_file = gateway.state_dir / f"{tier.name}.prefix"
+    folder = next((value for word, value in pairwise(line) if word == "--slot-save-path"), None)
+    if folder is not None and gateway.snapshot_budget and tier.config.slots == 1:
+        cache.store = Store(Path(folder), gateway.snapshot_budget * MIB)
 
 
 def _start(tier: Tier) -> None:
@@ -301,9 +316,10 @@ def _start(tier: Tier) -> None:
 
 
 async def _restart(tier: Tier, child: Child) -> None:
-    """Start a server anew while none of its slots works."""
+    """Start a server anew while none of its slots works, and what it held is saved."""
     permits = await tier.rest()
     try:
+        await tier.cache.rest(SLOT_PATIENCE)
         child.restart()
     finally:
         for permit in permits:

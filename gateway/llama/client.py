@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from hashlib import blake2b
 from typing import Any, Final, cast
 
 import attrs
@@ -87,6 +88,8 @@ class Props:
         alias: the name that it gives its model.
         build: its build; ``b0-unknown`` where it does not know.
         template: what its chat template can be told.
+        template_digest: of the template's text.
+        model_path: the model's file, as the server names it.
     """
 
     n_ctx: int
@@ -94,6 +97,8 @@ class Props:
     alias: str
     build: str
     template: Template
+    template_digest: str = ""
+    model_path: str = ""
 
 
 @attrs.frozen
@@ -316,15 +321,15 @@ class LlamaClient:
         """What the server says of itself.  Raises ApiError while it is down or loading."""
         said = await self._ask("GET", "/props")
         try:
+            text = str(said.get("chat_template") or "")
             return Props(
                 n_ctx=int(said["default_generation_settings"]["n_ctx"]),
                 slots=int(said["total_slots"]),
                 alias=str(said.get("model_alias") or said.get("model_path") or ""),
                 build=str(said.get("build_info", "")),
-                template=Template.of(
-                    str(said.get("chat_template") or ""),
-                    vision=bool(said.get("modalities", {}).get("vision")),
-                ),
+                template=Template.of(text, vision=bool(said.get("modalities", {}).get("vision"))),
+                template_digest=blake2b(text.encode(), digest_size=16).hexdigest(),
+                model_path=str(said.get("model_path") or ""),
             )
         except (KeyError, TypeError, ValueError, AttributeError):
             raise self._no_llama() from None

@@ -537,6 +537,11 @@ class Memory:
         """Bytes, about."""
         return self._weight
 
+    @property
+    def fingerprints(self) -> list[bytes]:
+        """Of all of them."""
+        return [prompt.fingerprint for prompt in self._prompts.values()]
+
     def remember(self, conversation: str, prompt: Prompt) -> None:
         """The last prompt of `conversation` is this one."""
         self._drop(conversation)

@@ -108,7 +108,8 @@ class _UnderWay:
     ticket: Ticket
     permit: Permit
 
-    def begin(self) -> None:
+    async def begin(self, body: Mapping[str, Json]) -> None:
+        await self.tier.cache.before(body)
         name, tokens = self.ticket.name, self.ticket.tokens
         self.tier.progress.begin(name, tokens, idle=self.permit.idle)
 
@@ -150,12 +151,13 @@ async def from_model(
         Lost: the server went away.
         Truncated: its answer did.
     """
+    tier.cache.give_way()
     permit = await tier.line.join(ticket)
     under_way = _UnderWay(tier, ticket, permit)
     try:
         try:
             started()
-            under_way.begin()
+            await under_way.begin(body)
             answer = await tier.client.messages(body)
         except ApiError:
             under_way.finished()
@@ -191,6 +193,7 @@ async def from_model(
             repair.usage.input = await tier.counter.count(body)
     teller.tell(repair.end())
     watch.ended(repair.usage)
+    tier.cache.answered(body, repair.usage, ticket)
 
 
 async def under_schema(
@@ -205,12 +208,13 @@ async def under_schema(
     started: Callable[[], None],
 ) -> None:
     """As `from_model`, for an answer of at most `tokens` that must have this form."""
+    tier.cache.give_way()
     permit = await tier.line.join(ticket)
     under_way = _UnderWay(tier, ticket, permit)
     try:
         try:
             started()
-            under_way.begin()
+            await under_way.begin(body)
             completion = await constrained.complete(tier.client, body, form, tokens)
         except ApiError:
             under_way.finished()
@@ -225,6 +229,7 @@ async def under_schema(
     usage.input, usage.cached = completion.evaluated, completion.cached
     usage.output += completion.generated
     tier.pace.learn(body, usage, completion.prefill, completion.generation)
+    tier.cache.answered(body, usage, ticket)
     message = {
         "id": repair.message_id,
         "type": "message",

@@ -20,7 +20,7 @@ from bisect import insort
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from itertools import count
-from typing import Final
+from typing import Any, Final
 
 import attrs
 from twisted.internet.defer import CancelledError, Deferred, DeferredSemaphore
@@ -65,6 +65,7 @@ class Ticket:
         tokens: of its prompt, where they were counted.
         seen: gives the share of the prompt that the server has likely kept.
         arrived: when it came to us, in seconds on the line's clock; None is now.
+        cold: told, as JSON, why its prompt was as cold as it was.
     """
 
     rank: Rank = Rank.PERSON
@@ -74,6 +75,7 @@ class Ticket:
     tokens: int | None = None
     seen: Callable[[], float] = lambda: 0.0
     arrived: float | None = None
+    cold: Callable[[Any], None] = lambda _: None
 
 
 @attrs.define(eq=False)

@@ -106,6 +106,10 @@ class Pace:
         """The server began anew and holds no prompt."""
         self._seen.clear()
 
+    def prefill_rate(self) -> float | None:
+        """Prompt tokens that it evaluates in a second; None where nothing was measured yet."""
+        return self._prefill.known
+
     def status(self) -> Mapping[str, float | None]:
         """For ``/status``: tokens a second."""
         rates = {"prefill": self._prefill.known, "generation": self._generation.known}

@@ -20,6 +20,7 @@ from gateway.llama.client import LlamaClient, Props
 from gateway.policy import template as templates
 from gateway.policy.order import Rank
 from gateway.policy.template import Template
+from gateway.tier.cache import Cache
 from gateway.tier.count import Counter
 from gateway.tier.deaths import Deaths
 from gateway.tier.line import Line, Permit, Ticket
@@ -60,6 +61,7 @@ class Tier:
         progress: how far its calls are.
         deaths: the calls during which its server went away.
         vitals: whether its server does anything; of a server of ours.
+        cache: what its slot holds, and what of it is kept.
         child: its server, where it is one of ours.
     """
 
@@ -73,7 +75,10 @@ class Tier:
     deaths: Deaths
     vitals: Vitals | None
     _reactor: IReactorTime
+    cache: Cache = attrs.field(init=False)
     child: Child | None = attrs.field(default=None, init=False)
+    _opening: Deferred[None] | None = attrs.field(default=None, init=False)
+    _is_open: bool = attrs.field(default=False, init=False)
     _props: Props | None = attrs.field(default=None, init=False)
     _met: Props | None = attrs.field(default=None, init=False)
     _awaiting: list[Deferred[None]] = attrs.field(factory=list, init=False)
@@ -94,6 +99,7 @@ class Tier:
         tier = cls(
             name, wanted, client, line, Counter(client), pace, progress, deaths, None, reactor
         )
+        tier.cache = Cache(name, wanted, client, line, pace.prefill_rate, reactor)
         if wanted.server is not None:
             tier.vitals = Vitals(wanted.stall, tier._works, client.slots, tier._stuck, reactor)
         return tier
@@ -105,6 +111,7 @@ class Tier:
     def stop(self) -> None:
         """Let nobody in any more; who waits is told to come again."""
         self.line.stop()
+        self.cache.stop()
         if self.vitals is not None:
             self.vitals.stop()
         if self._looking is not None:
@@ -115,7 +122,7 @@ class Tier:
 
     def adopt(self, config: Wanted) -> None:
         """Go by another configuration, for a tier of the same server."""
-        self.config = config
+        self.config = self.cache.config = config
         self.line.max_waiting, self.line.ageing = config.max_waiting, config.ageing
         if self.vitals is not None:
             self.vitals.stall = config.stall
@@ -205,19 +212,39 @@ class Tier:
         """A server of ours came into another state."""
         assert self.vitals is not None
         self.lost()
+        if self._opening is not None:
+            self._opening.cancel()
         if state is State.READY:
             self.vitals.start()
-            self.line.server_up()
             self.pace.emptied()
-        else:
-            self.vitals.stop()
-            self.line.server_down(self._away())
+            self._opening = Deferred.fromCoroutine(self._open())
+            self._opening.addErrback(lambda failure: failure.trap(CancelledError))
+            return
+        self._is_open = False
+        self.vitals.stop()
+        self.cache.closed()
+        self.line.server_down(self._away())
+        self._nudge()
+
+    async def _open(self) -> None:
+        """Let calls in, once the slot holds what was kept of it."""
+        try:
+            await self.cache.opened(await self.props())
+        except ApiError as error:
+            log.warn("tier {tier}: nothing is restored: {error}", tier=self.name, error=error)
+        self._is_open = True
+        self.line.server_up()
+        self._nudge()
+        self.cache.let_in()
+
+    def _nudge(self) -> None:
+        """Somebody may be waiting for this."""
         if self._alarm is not None and self._alarm.active():
-            self._alarm.reset(0)  # somebody waits for this
+            self._alarm.reset(0)
 
     @property
     def _is_away(self) -> bool:
-        return self.child is not None and self.child.state is not State.READY
+        return self.child is not None and not self._is_open
 
     def _away(self) -> Unavailable:
         assert self.child is not None
@@ -367,6 +394,7 @@ class Tier:
             "settling": self.line.settling,
             "waiting": self.line.waiting + len(self._awaiting),
             "pace": self.pace.status(),
+            "cache": self.cache.status(),
             "process": None if self.child is None else self.child.status(),
             "refused": self.deaths.status(),
         }

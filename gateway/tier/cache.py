@@ -1,0 +1,575 @@
+"""
+What the slot of one server holds, and what of it is kept for the day on which the server is new.
+
+1. After a turn, when nobody has come for a while, the slot is saved (`gateway.llama.snapshots`),
+   and once more before the server is stopped.
+2. A server that has come up gets the newest snapshot that fits before any call does.  Where there
+   is none, the tools and the system prompt that were seen last are evaluated while nobody waits.
+3. A conversation whose snapshot holds much more of it than the server does is restored for it.
+4. The next answer proves it: a restore that spared nothing is logged, and its snapshot dropped.
+5. Of each answer it is said why it was cold (`gateway.policy.divergence`).
+
+Everything that touches the slot has its permit.  What can go wrong here costs a prefill and no
+call: it is logged, and the call goes on.  A server with several slots does not tell which of them a
+call was in, so only one with a single slot is saved and restored.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Coroutine, Mapping
+from functools import partial
+from hashlib import blake2b
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Final
+
+import attrs
+import orjson
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import TimeoutError as TimedOut
+from twisted.internet.interfaces import IDelayedCall, IReactorTime
+from twisted.internet.threads import deferToThread
+from twisted.logger import Logger
+
+from gateway.config import Tier as Wanted
+from gateway.llama import gguf
+from gateway.llama.client import LlamaClient, Lost, Props
+from gateway.llama.snapshots import (
+    Identity,
+    ModelFile,
+    Refused,
+    Snapshot,
+    Store,
+    flags_identity,
+    server_identity,
+    write_private,
+)
+from gateway.policy import warm
+from gateway.policy.divergence import Cold, Memory, Prompt, shared, whole
+from gateway.policy.order import Rank
+from gateway.tier.line import Line, Permit, Ticket
+from gateway.wire import chat
+from gateway.wire.errors import ApiError
+from gateway.wire.events import Usage
+
+Json = Any
+
+#: The one slot of a server whose slot is saved and restored.
+_SLOT: Final = 0
+
+#: Tokens that a restore must have promised, so that an answer can prove or disprove it, and the
+#: share of them that must have come.
+_PROVABLE: Final = 256
+_PROVEN: Final = 0.8
+
+#: Restores since its start that a server is believed to hold still.
+_GIVEN: Final = 8
+
+#: Bytes that a token takes where nothing is known of the model.
+_GUESSED: Final = 128 * 1024
+
+log = Logger()
+
+
+@attrs.define
+class Numbers:
+    """
+    What was spared and what was not, since the gateway was started.
+
+    Attributes:
+        cached_tokens_total: prompt tokens that the server still had.
+        prefilled_tokens_total: prompt tokens that were evaluated.
+        avoidable_tokens_total: of these, those that need not have been.
+        saves_total, restores_total: snapshots that were taken, and given to a server.
+        save_seconds_total, restore_seconds_total: what that took, checksums included.
+        save_bytes_total, restore_bytes_total: their size.
+        ineffective_restores_total: restores that spared nothing.
+    """
+
+    cached_tokens_total: int = 0
+    prefilled_tokens_total: int = 0
+    avoidable_tokens_total: int = 0
+    saves_total: int = 0
+    save_seconds_total: float = 0.0
+    save_bytes_total: int = 0
+    restores_total: int = 0
+    restore_seconds_total: float = 0.0
+    restore_bytes_total: int = 0
+    ineffective_restores_total: int = 0
+
+
+@attrs.frozen
+class _Server:
+    """What its snapshots belong to, and what they are good for."""
+
+    identity: Identity
+    model: gguf.Model | None
+
+    @property
+    def kind(self) -> gguf.Kind | None:
+        return None if self.model is None else self.model.kind
+
+    @property
+    def exactly(self) -> bool:
+        """Whether a state serves only prompts that go on where it ends."""
+        return self.kind not in ("plain", None)
+
+
+@attrs.frozen(eq=False)
+class _Held:
+    """What the slot holds after an answer."""
+
+    prompt: Prompt
+    tokens: int
+    is_conversation: bool
+
+
+@attrs.define(eq=False)
+class Cache:
+    """
+    The cache of one server.
+
+    Attributes:
+        name: of its tier.
+        config: its part of the configuration.
+        command: the command line of a server of ours; () of any other.
+        store: where snapshots are; None where none are taken.
+        prefix_file: where the tools and the system prompt that were seen last are kept.
+        numbers: what was spared.
+    """
+
+    name: str
+    config: Wanted
+    client: LlamaClient
+    line: Line
+    prefill_rate: Callable[[], float | None]
+    _reactor: IReactorTime
+    _thread: Callable[[Callable[[], Any]], Deferred[Any]] = deferToThread
+    command: tuple[str, ...] = ()
+    env: Mapping[str, str] = attrs.field(factory=dict)
+    store: Store | None = None
+    prefix_file: Path | None = None
+    numbers: Numbers = attrs.field(factory=Numbers, init=False)
+    _memory: Memory = attrs.field(factory=Memory, init=False)
+    _server: _Server | None = attrs.field(default=None, init=False)
+    _held: _Held | None = attrs.field(default=None, init=False)
+    _held_at: float = attrs.field(default=0.0, init=False)
+    _refused_at: float | None = attrs.field(default=None, init=False)
+    _restored: Snapshot | None = attrs.field(default=None, init=False)
+    _given: list[bytes] = attrs.field(factory=list, init=False)
+    _prefix: bytes = attrs.field(default=b"", init=False)
+    _idle: IDelayedCall | None = attrs.field(default=None, init=False)
+    _working: Deferred[None] | None = attrs.field(default=None, init=False)
+    _warming: Deferred[None] | None = attrs.field(default=None, init=False)
+
+    # --- a server that comes and goes -------------------------------------------------------------
+
+    async def opened(self, props: Props) -> None:
+        """
+        The server is up, and no call has been sent there yet.
+
+        Cancelling it leaves things as they are; nothing is raised.
+        """
+        self._memory.forget()
+        if self.store is None or props.slots != 1:
+            return
+        await self._attempt(self._open(self.store, props))
+
+    async def _open(self, store: Store, props: Props) -> None:
+        await store.look()
+        try:
+            self._server = await self._thread(
+                partial(_server_of, props, self.command, dict(self.env))
+            )
+        except (OSError, gguf.NotGguf) as error:
+            log.warn("tier {tier}: takes no snapshots: {error}", tier=self.name, error=error)
+            return
+        for snapshot in store.fitting(self._server.identity):
+            if await self._restore(snapshot):
+                return
+
+    def let_in(self) -> None:
+        """Calls are let in now; until one comes, warm a slot that nothing was restored to."""
+        if self._server is not None and self._restored is None:
+            self._warming = self._do(self._warm_up())
+
+    def closed(self) -> None:
+        """The server is gone, or about to be."""
+        self._server = self._held = self._restored = None
+        self._given.clear()
+        self._prefix = b""
+        self.stop()
+
+    def stop(self) -> None:
+        """Begin nothing any more."""
+        if self._idle is not None and self._idle.active():
+            self._idle.cancel()
+        self._idle = None
+        for under_way in (self._working, self._warming):
+            if under_way is not None:
+                under_way.cancel()
+
+    async def rest(self, seconds: float) -> None:
+        """Save the slot of a server that nobody uses and that will be stopped, within `seconds`."""
+        self.stop()
+        held = self._held
+        if held is None or not self._is_worth_saving(held, stopping=True):
+            return
+        saving = Deferred.fromCoroutine(self._save(held, None))
+        saving.addTimeout(seconds, self._reactor)
+        try:
+            await saving
+        except (ApiError, Lost, Refused, TimedOut) as error:
+            log.warn("tier {tier}: its slot is not saved: {error}", tier=self.name, error=error)
+
+    # --- a call -----------------------------------------------------------------------------------
+
+    def give_way(self) -> None:
+        """A call has come: what nobody waits for can wait."""
+        if self._warming is not None:
+            self._warming.cancel()
+
+    async def before(self, body: Mapping[str, Json]) -> None:
+        """A call is about to be sent, and has the permit of the slot."""
+        held, self._held = self._held, None
+        server, store = self._server, self.store
+        if server is not None and store is not None and store.fitting(server.identity):
+            await self._attempt(self._prepare(body, held, server, store))
+
+    async def _prepare(
+        self, body: Mapping[str, Json], held: _Held | None, server: _Server, store: Store
+    ) -> None:
+        """Restore what is kept of a call's prompt, if that pays."""
+        fingerprint = Prompt.of(body).fingerprint
+        best = store.best_for(server.identity, fingerprint, exactly=server.exactly)
+        if best is None:
+            return
+        snapshot, kept = best
+        holds = self._likely_held(fingerprint, snapshot)
+        reading = self.numbers.restore_seconds_total and (
+            self.numbers.restore_bytes_total / self.numbers.restore_seconds_total
+        )
+        offer = warm.Offer(kept, holds, snapshot.size, self.prefill_rate(), reading or None)
+        if not warm.restores(offer):
+            return
+        if held is not None and self._is_worth_saving(held, stopping=True):
+            await self._attempt(self._save(held, None))  # else a restore would lose it
+        await self._restore(snapshot)
+
+    def answered(self, body: Mapping[str, Json], usage: Usage, ticket: Ticket) -> None:
+        """The answer to a call is whole."""
+        try:
+            self._learn(body, usage, ticket)
+        except Exception:  # noqa: BLE001  # the answer is whole, whatever is made of it
+            log.failure("tier {tier}: cannot make use of an answer", tier=self.name)
+
+    def _learn(self, body: Mapping[str, Json], usage: Usage, ticket: Ticket) -> None:
+        prompt, cached = Prompt.of(body), usage.cached
+        evaluated = usage.input or 0
+        cold = self._memory.judge(ticket.conversation, prompt, evaluated + cached, cached)
+        if ticket.conversation:
+            self._memory.remember(ticket.conversation, prompt)
+        self._count(evaluated, cold)
+        ticket.cold(cold.as_json())
+        if cold.sentence:
+            log.warn("{id} was cold: {why}", id=ticket.name, why=cold.sentence)
+        self._prove(prompt, usage)
+        if self._server is None:
+            return
+        is_conversation = bool(ticket.conversation) and ticket.rank is not Rank.SUBAGENT
+        tokens = evaluated + cached + usage.output
+        self._held = _Held(prompt, tokens, is_conversation)
+        self._held_at = self._reactor.seconds()
+        if is_conversation:
+            self._keep_prefix(body)
+        self._wake()
+
+    def status(self) -> Mapping[str, Json]:
+        """For ``/status``."""
+        server = self._server
+        return {
+            **attrs.asdict(self.numbers),
+            "model_kind": None if server is None else server.kind,
+            "snapshots": 0 if self.store is None else len(self.store.snapshots),
+            "snapshot_bytes": 0 if self.store is None else self.store.size,
+        }
+
+    # --- what an answer proves --------------------------------------------------------------------
+
+    def _count(self, evaluated: int, cold: Cold) -> None:
+        self.numbers.prefilled_tokens_total += evaluated
+        self.numbers.cached_tokens_total += cold.cached
+        self.numbers.avoidable_tokens_total += cold.avoidable + cold.rewritten
+
+    def _prove(self, prompt: Prompt, usage: Usage) -> None:
+        """Whether the last restore was worth anything to the call after it."""
+        snapshot, self._restored = self._restored, None
+        if snapshot is None or self.store is None or self._server is None:
+            return
+        promised = snapshot.serves(prompt.fingerprint, exactly=self._server.exactly)
+        if promised < _PROVABLE:
+            return  # another prompt than those that it is good for
+        if usage.cached >= promised * _PROVEN:
+            self.store.touch(snapshot)
+            return
+        self.numbers.ineffective_restores_total += 1
+        log.warn(
+            "tier {tier}: a restore that should have spared {promised} tokens spared {cached};"
+            " its snapshot is dropped",
+            tier=self.name,
+            promised=promised,
+            cached=usage.cached,
+        )
+        self._do(self.store.drop(snapshot))
+
+    def _likely_held(self, fingerprint: bytes, like: Snapshot) -> int:
+        """Tokens of a prompt that the server holds, as many for each byte as `like` has."""
+        held = [*self._memory.fingerprints, *self._given]
+        most = max((shared(each, fingerprint) for each in held), default=0)
+        return int(like.tokens * most / max(1, whole(like.fingerprint)))
+
+    # --- when nobody waits ------------------------------------------------------------------------
+
+    def _wake(self) -> None:
+        """Look at the slot when it has not been used for a while."""
+        if self._idle is not None and self._idle.active():
+            self._idle.reset(self.config.snapshot_idle)
+        else:
+            self._idle = self._reactor.callLater(self.config.snapshot_idle, self._rested)
+
+    def _rested(self) -> None:
+        held = self._held
+        works = self._working is not None and not self._working.called
+        if held is None or works or not self._is_at_rest:
+            return  # the answer that is under way will come back to this
+        if self._server is not None and self._server.exactly:
+            if self._prefix_body() is not None:
+                self._working = self._do(self._save_prefix())
+        elif self._is_worth_saving(held):
+            self._working = self._do(self._save_in_line(held))
+
+    @property
+    def _is_at_rest(self) -> bool:
+        return not (self.line.running or self.line.waiting or self.line.settling)
+
+    def _is_worth_saving(self, held: _Held, *, stopping: bool = False) -> bool:
+        server, store = self._server, self.store
+        if server is None or store is None or not held.is_conversation:
+            return False
+        best = store.best_for(server.identity, held.prompt.fingerprint, exactly=server.exactly)
+        now = self._reactor.seconds()
+        slot = warm.Slot(
+            server.kind,
+            "conversation",
+            now - self._held_at if stopping or self._is_at_rest else None,
+            held.tokens - (0 if best is None else best[1]),
+            None if self._refused_at is None else now - self._refused_at,
+        )
+        least = self.config.snapshot_min_tokens
+        return warm.saves(slot, self.config.snapshot_idle, least, stopping=stopping)
+
+    async def _save_in_line(self, held: _Held) -> None:
+        permit = await self.line.join(Ticket(Rank.BACKGROUND))
+        if self._held is held:
+            await self._save(held, permit)
+        else:
+            permit.finished()
+
+    async def _save(self, held: _Held, permit: Permit | None) -> None:
+        """Save the slot; its permit goes back as soon as the server has written it."""
+        tokens, prompt = held.tokens, held.prompt
+        await self._take("conversation", tokens, prompt.fingerprint, permit)
+
+    async def _take(
+        self, what: Any, tokens: int, fingerprint: bytes, permit: Permit | None
+    ) -> None:
+        server, store = self._server, self.store
+        assert server is not None
+        assert store is not None
+        began = self._reactor.seconds()
+        try:
+            try:
+                part = await store.begin(self._state_bytes(server, tokens))
+                try:
+                    moved = await self.client.save_slot(_SLOT, part)
+                except BaseException:
+                    await store.abort(part)
+                    raise
+            finally:
+                if permit is not None:
+                    permit.finished()
+            kept = await store.commit(
+                part,
+                server.identity,
+                what,
+                moved.tokens,
+                moved.size,
+                fingerprint,
+                moved.seconds,
+                exactly=server.exactly,
+            )
+        except (ApiError, Lost, Refused):
+            self._refused_at = self._reactor.seconds()
+            raise
+        took = self._reactor.seconds() - began
+        self.numbers.saves_total += 1
+        self.numbers.save_seconds_total += took
+        self.numbers.save_bytes_total += kept.size
+        log.info(
+            "tier {tier}: {tokens} tokens saved, {mib:.0f} MiB in {took:.1f} s",
+            tier=self.name,
+            tokens=kept.tokens,
+            mib=kept.size / 2**20,
+            took=took,
+        )
+
+    def _state_bytes(self, server: _Server, tokens: int) -> int:
+        """Bytes that a state of so many tokens will have: as the last one, or by the header."""
+        assert self.store is not None
+        for last in self.store.fitting(server.identity):
+            return last.size * tokens // last.tokens
+        return tokens * _GUESSED if server.model is None else server.model.state_bytes(tokens)
+
+    async def _restore(self, snapshot: Snapshot) -> bool:
+        """Restore a snapshot; whether the server says that it did."""
+        assert self.store is not None
+        began = self._reactor.seconds()
+        try:
+            if not await self.store.is_whole(snapshot):
+                return False
+            moved = await self.client.restore_slot(_SLOT, snapshot.file)
+        except (ApiError, Lost) as error:
+            log.warn("tier {tier}: cannot restore: {error}", tier=self.name, error=str(error))
+            await self.store.drop(snapshot)
+            return False
+        took = self._reactor.seconds() - began
+        self._restored = snapshot
+        self._given = [snapshot.fingerprint, *self._given][:_GIVEN]
+        self.store.touch(snapshot)
+        self.numbers.restores_total += 1
+        self.numbers.restore_seconds_total += took
+        self.numbers.restore_bytes_total += moved.size
+        log.info(
+            "tier {tier}: {tokens} tokens restored in {took:.2f} s",
+            tier=self.name,
+            tokens=moved.tokens,
+            took=took,
+        )
+        return True
+
+    # --- tools and system prompt ------------------------------------------------------------------
+
+    def _keep_prefix(self, body: Mapping[str, Json]) -> None:
+        """Remember the tools and the system prompt, beyond the process too."""
+        if self.prefix_file is None:
+            return
+        written = orjson.dumps(warm.beginning(body))
+        digest = blake2b(written, digest_size=16).digest()
+        if digest != self._prefix:
+            self._prefix = digest
+            self._do(self._thread(partial(write_private, self.prefix_file, written)))
+
+    def _prefix_body(self) -> dict[str, Json] | None:
+        """What was remembered."""
+        try:
+            found = (
+                None if self.prefix_file is None else orjson.loads(self.prefix_file.read_bytes())
+            )
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) and "messages" in found else None
+
+    async def _warm_up(self) -> None:
+        """Evaluate the tools and the system prompt that were seen last."""
+        body = self._prefix_body()
+        if body is None:
+            return
+        permit = await self.line.join(Ticket(Rank.BACKGROUND))
+        try:
+            answer = await self.client.messages(body)
+            await answer.read()
+            permit.finished()
+            log.info("tier {tier}: its tools and system prompt are warm", tier=self.name)
+        finally:
+            permit.abandon()
+
+    async def _save_prefix(self) -> None:
+        """
+        Evaluate the tools and the system prompt to their very end, and save that.
+
+        For models whose states serve only what goes on exactly where they end.
+        """
+        body = self._prefix_body()
+        server, store = self._server, self.store
+        if body is None or server is None or store is None:
+            return
+        fingerprint = Prompt.of({**body, "messages": []}).fingerprint
+        if store.best_for(server.identity, fingerprint, exactly=True) is not None:
+            return
+        one, other = [
+            await self.client.apply_template(chat.from_messages(each))
+            for each in warm.two_beginnings(body)
+        ]
+        permit = await self.line.join(Ticket(Rank.BACKGROUND))
+        try:
+            self._held = None
+            prompt = warm.rendered_beginning(one, other)
+            done = await self.client.complete(
+                {"prompt": prompt, "n_predict": 0, "cache_prompt": True}
+            )
+            tokens = done.evaluated + done.cached
+            if tokens >= self.config.snapshot_min_tokens:
+                await self._take("prefix", tokens, fingerprint, None)
+            permit.finished()
+        finally:
+            permit.abandon()
+
+    # --- work in the background -------------------------------------------------------------------
+
+    def _do(self, work: Coroutine[Deferred[Any], Any, Any] | Deferred[Any]) -> Deferred[None]:
+        """Begin it; nobody waits for it."""
+        done = Deferred.fromCoroutine(self._attempt(work))
+        return done.addErrback(lambda failure: failure.trap(CancelledError))
+
+    async def _attempt(self, work: Any) -> None:
+        """Await it; what goes wrong is logged."""
+        try:
+            await work
+        except CancelledError:
+            raise
+        except (ApiError, Lost, Refused, OSError) as error:
+            log.warn("tier {tier}: {error}", tier=self.name, error=str(error))
+        except Exception:  # noqa: BLE001  # a cache that fails costs time, and nothing else
+            log.failure("tier {tier}: its cache failed", tier=self.name)
+
+
+def _server_of(props: Props, command: tuple[str, ...], env: Mapping[str, str]) -> _Server:
+    """Who the server is; reads files, in a thread."""
+    path = Path(props.model_path)
+    cache_types = (
+        _option(command, "--cache-type-k", "-ctk"),
+        _option(command, "--cache-type-v", "-ctv"),
+    )
+    identity = Identity(
+        ModelFile.of(path),
+        server_identity(command),
+        props.n_ctx,
+        cache_types,
+        props.template_digest,
+        flags_identity(command, env),
+    )
+    try:
+        model = gguf.read(path)
+    except gguf.NotGguf as error:
+        log.debug("{path}: {error}", path=os.fspath(path), error=error)
+        model = None
+    return _Server(identity, model)
+
+
+def _option(command: tuple[str, ...], *names: str) -> str:
+    """The value of an option of a command; f16 where it is not there."""
+    for word, value in pairwise(command):
+        if word in names:
+            return value
+    return "f16"
