@@ -123,6 +123,11 @@ def _between(least: float, most: float = math.inf) -> Mapping[str, Any]:
     return {_CHECK: check}
 
 
+def _between_if_any(least: float) -> Mapping[str, Any]:
+    check = _between(least)[_CHECK]
+    return {_CHECK: lambda value: None if value is None else check(value)}
+
+
 def _must(expected: str, holds: Callable[[Any], object]) -> Mapping[str, Any]:
     def check(value: Any) -> None:
         if not holds(value):
@@ -215,6 +220,7 @@ class Tier:
         stall: seconds without any progress after which a server of ours is started anew.
         answer_tokens: longest free-text answer to a housekeeping call, in tokens.
         schema_tokens: longest answer under a schema, in tokens.
+        cache_ram: MiB for conversations that wait in a server's RAM; None: as its model needs.
         snapshot_idle: seconds without a call after which a slot is saved.
         snapshot_min_tokens: tokens that must be new, for a slot to be saved.
         server: how to start it; None if somebody else does.
@@ -233,6 +239,7 @@ class Tier:
     startup_patience: float = attrs.field(default=900.0, metadata=_between(0))
     resends: int = attrs.field(default=2, metadata=_between(0, 100))
     stall: float = attrs.field(default=180.0, metadata=_between(1))
+    cache_ram: int | None = attrs.field(default=None, metadata=_between_if_any(0))
     snapshot_idle: float = attrs.field(default=20.0, metadata=_between(0))
     snapshot_min_tokens: int = attrs.field(default=2048, metadata=_between(1))
     answer_tokens: int = attrs.field(default=1024, metadata=_between(16))

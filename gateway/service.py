@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Coroutine
 from importlib.metadata import version
-from itertools import count, pairwise
+from itertools import count
 from pathlib import Path
 from shlex import quote
 from typing import Any, ClassVar, Final
@@ -32,9 +32,10 @@ from gateway.daemon.notify import READY, notify, reloading, stopping
 from gateway.daemon.sockets import check_door
 from gateway.dispatch import Dispatch
 from gateway.ledger import Ledger
+from gateway.llama import ram
 from gateway.llama.child import Child, Limits, State
 from gateway.llama.client import SLOT_PATIENCE, LlamaClient
-from gateway.llama.command import command
+from gateway.llama.command import command, option
 from gateway.llama.snapshots import Store
 from gateway.policy.calls import KINDS
 from gateway.policy.order import Rank
@@ -216,7 +217,7 @@ class House(MultiService):
             return
         assert config.server is not None
         child.limits = _limits(config.server)
-        line = command(config, config.server, self.config.gateway.state_dir)
+        line = command(config, config.server, self.config.gateway.state_dir, ram.of_command)
         if child.replace(line, config.server.env):
             _keep(tier, child, self.config.gateway)
             log.info("tier {tier}: its server is started anew when it rests", tier=tier.name)
@@ -285,7 +286,7 @@ def _tier(config: Config, name: str, reactor: Any) -> Tier:
     if (server := wanted.server) is not None:
         tier.child = Child(
             name,
-            command(wanted, server, state_dir),
+            command(wanted, server, state_dir, ram.of_command),
             server.env,
             state_dir,
             client.health,
@@ -304,7 +305,7 @@ def _keep(tier: Tier, child: Child, gateway: Gateway) -> None:
     cache, line = tier.cache, tuple(child.command)
     cache.command, cache.env = line, child.env
     cache.prefix_file = gateway.state_dir / f"{tier.name}.prefix"
-    folder = next((value for word, value in pairwise(line) if word == "--slot-save-path"), None)
+    folder = option(line, "--slot-save-path")
     if folder is not None and gateway.snapshot_budget and tier.config.slots == 1:
         cache.store = Store(Path(folder), gateway.snapshot_budget * MIB)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -11,12 +11,24 @@ from urllib.parse import urlsplit
 from gateway.config import Server, Tier
 
 
-def command(tier: Tier, server: Server, state_dir: Path) -> list[str]:
+def command(
+    tier: Tier,
+    server: Server,
+    state_dir: Path,
+    cache_ram: Callable[[Sequence[str], int, Path], int | None] = lambda *_: None,
+) -> list[str]:
     """
     The command line of a tier's server.
 
     A llama-server, or our embedded one, gets the flags that the tier needs and that its command
     does not set; any other command stays as it is.
+
+    Args:
+        tier: whose it is.
+        server: how it is started.
+        state_dir: where slots are saved.
+        cache_ram: the MiB for conversations in RAM, where nobody says how many
+            (`gateway.llama.ram.of_command`).
     """
     given = list(server.command)
     if given[:3] == ["python", "-m", "gateway.llama.embedded"]:
@@ -25,7 +37,7 @@ def command(tier: Tier, server: Server, state_dir: Path) -> list[str]:
         return given
     if not server.manage_flags:
         return given
-    parts = urlsplit(tier.url)
+    parts, slots = urlsplit(tier.url), state_dir / "slots"
     host = tier.url.removeprefix("unix:") if tier.url.startswith("unix:") else parts.hostname
     wanted = {
         "--host": host,
@@ -33,15 +45,28 @@ def command(tier: Tier, server: Server, state_dir: Path) -> list[str]:
         "--parallel": str(tier.slots),
         # Side calls that share a beginning must not cut the main conversation's end off.
         "--slot-prompt-similarity": "0",
-        "--slot-save-path": str(state_dir / "slots"),
+        "--slot-save-path": str(slots),
+        "--cache-ram": _text(tier.cache_ram),
         "--sse-ping-interval": "5",
         "--api-key": tier.api_key,
     }
-    short = {"--parallel": "-np", "--slot-prompt-similarity": "-sps"}
+    short = {"--parallel": "-np", "--slot-prompt-similarity": "-sps", "--cache-ram": "-cram"}
+    if tier.cache_ram is None and not {"--cache-ram", "-cram"} & {*given}:
+        wanted["--cache-ram"] = _text(cache_ram(given, tier.slots, slots))
     for flag, value in wanted.items():
         if value is not None and flag not in given and short.get(flag) not in given:
             given += [flag, value]
     return given
+
+
+def _text(number: int | None) -> str | None:
+    return None if number is None else str(number)
+
+
+def option(command: Sequence[str], *names: str) -> str | None:
+    """The value of a server's option, by any of its names; None where it is not there."""
+    begin = 3 if "gateway.llama.embedded" in command[:3] else 1  # Python has a -m of its own
+    return next((value for word, value in pairwise(command[begin:]) if word in names), None)
 
 
 def without_key(command: Sequence[str]) -> list[str]:

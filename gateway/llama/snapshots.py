@@ -662,6 +662,13 @@ def _checksum(path: Path, stopped: Event) -> int:
     return found
 
 
+def measured(folder: Path, model: Path) -> float:
+    """Bytes that a token of a model takes in the states that are there; 0.0 without any."""
+    kept = (_read(path) for path in folder.glob("snapshot-*.json"))
+    ours = (each for each in kept if each and each.identity.model.path == str(model.resolve()))
+    return max((each.size / each.tokens for each in ours), default=0.0)
+
+
 def _look(folder: Path, busy: frozenset[str]) -> tuple[list[Snapshot], list[str]]:
     """The snapshots of a folder, and complaints; what else of ours is there is removed."""
     found: dict[str, Snapshot] = {}

@@ -20,7 +20,6 @@ import os
 from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from hashlib import blake2b
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,6 +34,7 @@ from twisted.logger import Logger
 from gateway.config import Tier as Wanted
 from gateway.llama import gguf
 from gateway.llama.client import LlamaClient, Lost, Props
+from gateway.llama.command import option
 from gateway.llama.snapshots import (
     Identity,
     ModelFile,
@@ -157,6 +157,7 @@ class Cache:
     _held_at: float = attrs.field(default=0.0, init=False)
     _refused_at: float | None = attrs.field(default=None, init=False)
     _restored: Snapshot | None = attrs.field(default=None, init=False)
+    _forgets: bool = attrs.field(default=False, init=False)
     _given: list[bytes] = attrs.field(factory=list, init=False)
     _prefix: bytes = attrs.field(default=b"", init=False)
     _idle: IDelayedCall | None = attrs.field(default=None, init=False)
@@ -274,6 +275,8 @@ class Cache:
         ticket.cold(cold.as_json())
         if cold.sentence:
             log.warn("{id} was cold: {why}", id=ticket.name, why=cold.sentence)
+        if cold.avoidable and not self.command:
+            self._forgets = True
         self._prove(prompt, usage)
         if self._server is None:
             return
@@ -293,7 +296,25 @@ class Cache:
             "model_kind": None if server is None else server.kind,
             "snapshots": 0 if self.store is None else len(self.store.snapshots),
             "snapshot_bytes": 0 if self.store is None else self.store.size,
+            "advice": self.advice(),
         }
+
+    def advice(self) -> list[str]:
+        """What a server that is not ours should have, and what it costs that it has not."""
+        if self.command:
+            return []
+        where = f"[tier.{self.name}.server]"
+        ours = "This server is not started by claudegw: its slot is not saved, and after each start"
+        said = [
+            f"{ours} the first prompt is evaluated whole; a command in {where} would mend that."
+        ]
+        if self._forgets:
+            said.append(
+                "It lost prompts that it had evaluated: start it with --slot-prompt-similarity 0"
+                " and a larger --cache-ram. So far that cost"
+                f" {self.numbers.avoidable_tokens_total} tokens."
+            )
+        return said
 
     # --- what an answer proves --------------------------------------------------------------------
 
@@ -548,8 +569,8 @@ def _server_of(props: Props, command: tuple[str, ...], env: Mapping[str, str]) -
     """Who the server is; reads files, in a thread."""
     path = Path(props.model_path)
     cache_types = (
-        _option(command, "--cache-type-k", "-ctk"),
-        _option(command, "--cache-type-v", "-ctv"),
+        option(command, "--cache-type-k", "-ctk") or "f16",
+        option(command, "--cache-type-v", "-ctv") or "f16",
     )
     identity = Identity(
         ModelFile.of(path),
@@ -565,11 +586,3 @@ def _server_of(props: Props, command: tuple[str, ...], env: Mapping[str, str]) -
         log.debug("{path}: {error}", path=os.fspath(path), error=error)
         model = None
     return _Server(identity, model)
-
-
-def _option(command: tuple[str, ...], *names: str) -> str:
-    """The value of an option of a command; f16 where it is not there."""
-    for word, value in pairwise(command):
-        if word in names:
-            return value
-    return "f16"

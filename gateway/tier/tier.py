@@ -348,6 +348,8 @@ class Tier:
             tier=self.name,
             **attrs.asdict(found),
         )
+        for advice in self.cache.advice():
+            log.info("tier {tier}: {advice}", tier=self.name, advice=advice)
         if found.slots < self.config.slots:
             log.warn(
                 "tier {tier}: slots = {wanted}, but the server has only {slots};"
