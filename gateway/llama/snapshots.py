@@ -200,6 +200,7 @@ class Snapshot:
         identity: what it belongs to.
         what: what it holds.
         tokens: that it holds.
+        prompt_tokens: of these, those of the prompt; the others were generated.
         size: bytes of its file.
         checksum: CRC-32 of its file.
         version: of llama.cpp's form of states.
@@ -213,6 +214,7 @@ class Snapshot:
     identity: Identity
     what: What
     tokens: int
+    prompt_tokens: int
     size: int
     checksum: int
     version: int
@@ -237,7 +239,7 @@ class Snapshot:
         same, all_of_it = shared(self.fingerprint, fingerprint), whole(self.fingerprint)
         if exactly and same < all_of_it:
             return 0
-        return should_have(same, all_of_it, self.tokens)
+        return should_have(same, all_of_it, self.prompt_tokens)
 
 
 def _converter() -> Converter:
@@ -278,7 +280,11 @@ def from_sidecar(name: str, raw: bytes, used: float) -> Snapshot | None:
         found = _CONVERTER.structure({**said, "name": name, "used": used}, Snapshot)
     except Exception:  # noqa: BLE001  # whatever somebody has written there
         return None
-    sensible = found.tokens > 0 and found.size > _STATE.size and len(found.fingerprint) % 12 == 0
+    sensible = (
+        found.tokens >= found.prompt_tokens > 0
+        and found.size > _STATE.size
+        and len(found.fingerprint) % 12 == 0
+    )
     return found if sensible else None
 
 
@@ -417,6 +423,7 @@ class Store:
         identity: Identity,
         what: What,
         tokens: int,
+        prompt_tokens: int,
         size: int,
         fingerprint: bytes,
         seconds: float,
@@ -431,6 +438,7 @@ class Store:
             identity: of the server that wrote it.
             what: what it holds.
             tokens: that it holds, as the server says.
+            prompt_tokens: of the prompt, as the usage of its answer says.
             size: bytes that it has, as the server says.
             fingerprint: of the prompt that it was taken after.
             seconds: what it took the server to write it.
@@ -442,7 +450,18 @@ class Store:
         """
         name, now = part.removesuffix(".part"), self._now()
         draft = Snapshot(
-            name, identity, what, tokens, size, 0, 0, fingerprint, now, seconds, used=now
+            name,
+            identity,
+            what,
+            tokens,
+            min(tokens, prompt_tokens),
+            size,
+            checksum=0,
+            version=0,
+            fingerprint=fingerprint,
+            created=now,
+            save_seconds=seconds,
+            used=now,
         )
         async with self._one_at_a_time:
             try:

@@ -43,8 +43,13 @@ _PART: Final = 400
 THRESHOLD: Final = 1000
 
 #: What a share in bytes surely is in tokens: a token of a tool's schema has fewer bytes than one
-#: of plain words, and a template adds marks of its own.
+#: of plain words (measured on real prompts: up to 5 % too high without it).
 _SURELY: Final = 0.9
+
+#: From the other end: what is not shared has no more tokens than bytes, but for the marks of a
+#: template; so many more for each byte, and so many more in all.
+_MARKS_A_BYTE: Final = 1.25
+_MARKS_IN_ALL: Final = 64
 
 #: Characters of a tool's name that are shown.
 _NAME: Final = 64
@@ -458,7 +463,11 @@ def should_have(same: int, size: int, tokens: int) -> int:
         size: bytes of it in all.
         tokens: of it in all.
     """
-    return int(tokens * min(1.0, same / size) * _SURELY) if size > 0 else 0
+    if same <= 0:
+        return 0
+    by_share = tokens * min(1.0, same / max(1, size)) * _SURELY
+    by_rest = tokens - max(0, size - same) * _MARKS_A_BYTE - _MARKS_IN_ALL
+    return max(0, int(max(by_share, by_rest)))
 
 
 def avoidable(expected: int, cached: int, holds: int | None = None) -> int:

@@ -168,6 +168,7 @@ class Place:
             self.identity(),
             more.get("what", "conversation"),
             moved.tokens,
+            moved.tokens,
             moved.size,
             more.get("fingerprint", prompt),
             moved.seconds,

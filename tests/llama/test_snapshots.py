@@ -42,8 +42,8 @@ ONE = Identity(ModelFile("/models/one.gguf", 1000, 17, "aa"), "b1", 32_768)
 
 
 def prints(*parts: str) -> bytes:
-    """The fingerprint of a prompt with these parts, of 100 bytes each."""
-    return b"".join(struct.pack("<8sI", part.encode(), 100) for part in parts)
+    """The fingerprint of a prompt with these parts, of 10 000 bytes each."""
+    return b"".join(struct.pack("<8sI", part.encode(), 10_000) for part in parts)
 
 
 def state(tokens: int = 3000, size: int = 4096, version: int = 4) -> bytes:
@@ -117,7 +117,9 @@ def keep(
     part = done(store.begin(len(raw)))
     (store.folder / part).write_bytes(raw)
     return done(
-        store.commit(part, identity, what, tokens, len(raw), prints(*parts), 0.1, exactly=exactly)
+        store.commit(
+            part, identity, what, tokens, tokens, len(raw), prints(*parts), 0.1, exactly=exactly
+        )
     )
 
 
@@ -160,7 +162,7 @@ def test_what_a_server_did_not_write_is_refused(disk: Disk, raw: bytes) -> None:
     part = done(store.begin(4096))
     (disk.folder / part).write_bytes(raw)
     with pytest.raises(Refused):
-        done(store.commit(part, ONE, "conversation", 3000, 4096, prints("a"), 0.1))
+        done(store.commit(part, ONE, "conversation", 3000, 3000, 4096, prints("a"), 0.1))
     assert (disk.files(), store.snapshots) == ([], [])
 
 
@@ -219,7 +221,7 @@ def test_a_disk_that_fills_while_the_sidecar_is_written(
     (disk.folder / part).write_bytes(state())
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(Refused, match="No space left"):
-        done(store.commit(part, ONE, "conversation", 3000, 4096, prints("a"), 0.1))
+        done(store.commit(part, ONE, "conversation", 3000, 3000, 4096, prints("a"), 0.1))
     assert (disk.files(), store.snapshots) == ([], [])
 
 
@@ -269,7 +271,7 @@ def test_a_state_larger_than_the_budget(disk: Disk) -> None:
     part = done(store.begin(100))
     (disk.folder / part).write_bytes(state(size=10_001))
     with pytest.raises(Refused, match="budget"):
-        done(store.commit(part, ONE, "conversation", 3000, 10_001, prints("b"), 0.1))
+        done(store.commit(part, ONE, "conversation", 3000, 3000, 10_001, prints("b"), 0.1))
     assert store.snapshots == [kept]
     assert len(disk.files()) == 2
 
@@ -300,7 +302,7 @@ def test_two_hundred_conversations_under_a_budget(disk: Disk) -> None:
             file.write(head)
             file.truncate(size)
         parts = ("tools", f"c{number % 200}", f"n{number}")
-        done(store.commit(part, ONE, "conversation", 3000, size, prints(*parts), 0.1))
+        done(store.commit(part, ONE, "conversation", 3000, 3000, size, prints(*parts), 0.1))
         if number % 7 == 0:  # somebody comes back to the one that has to go next
             oldest = store.snapshots[-1]
             store.touch(oldest)
@@ -375,7 +377,7 @@ def test_the_best_for_a_prompt(disk: Disk) -> None:
     best = keep(store, "tools", "system", "three", tokens=3000)
     same = keep(store, "tools", "system", "four", tokens=3000)
     found = store.best_for(ONE, prints("tools", "system", "three", "five"))
-    assert found == (best, 2700)
+    assert found == (best, 2936)
     found = store.best_for(ONE, prints("tools", "system", "six"))
     assert found == (same, 1800)
     assert store.best_for(ONE, prints("nothing")) is None
@@ -388,7 +390,7 @@ def test_a_state_that_serves_only_what_goes_on(disk: Disk) -> None:
     kept = keep(store, "tools", "system", tokens=3000, exactly=True)
     keep(store, "tools", "system", "one", "two", tokens=5000, exactly=True)
     prompt = prints("tools", "system", "one", "three")
-    assert store.best_for(ONE, prompt, exactly=True) == (kept, 2700)
+    assert store.best_for(ONE, prompt, exactly=True) == (kept, 2936)
     assert store.best_for(ONE, prints("tools"), exactly=True) is None
 
 
@@ -464,7 +466,7 @@ def test_a_look_leaves_what_is_being_written(disk: Disk) -> None:
     part = done(store.begin(4096))
     (disk.folder / part).write_bytes(state())
     done(store.look())
-    done(store.commit(part, ONE, "conversation", 3000, 4096, prints("a"), 0.1))
+    done(store.commit(part, ONE, "conversation", 3000, 3000, 4096, prints("a"), 0.1))
     assert len(store.snapshots) == 1
 
 
@@ -489,7 +491,14 @@ def test_a_size_that_is_not_the_sidecars_is_removed(disk: Disk) -> None:
 
 
 def snapshot(name: str = "a", **more: Any) -> Snapshot:
-    fields = {"tokens": 3000, "size": 4096, "checksum": 5, "version": 4, **more}
+    fields = {
+        "tokens": 3000,
+        "prompt_tokens": 2900,
+        "size": 4096,
+        "checksum": 5,
+        "version": 4,
+        **more,
+    }
     return Snapshot(
         name=name,
         identity=ONE,
@@ -525,6 +534,8 @@ def instead(**more: Any) -> Callable[[Any], Any]:
         instead(tokens="3000"),
         instead(tokens=True),
         instead(tokens=0),
+        instead(prompt_tokens=0),
+        instead(prompt_tokens=3001),
         instead(tokens=1.5),
         instead(size=-1),
         instead(size=1e300),
@@ -629,7 +640,7 @@ async def test_a_save_that_is_cancelled_leaves_nothing(
     part = await store.begin(4096)
     (disk.folder / part).write_bytes(state())
     saving = Deferred.fromCoroutine(
-        store.commit(part, ONE, "conversation", 3000, 4096, prints("a"), 0.1)
+        store.commit(part, ONE, "conversation", 3000, 3000, 4096, prints("a"), 0.1)
     )
     assert begun.wait(30)
     saving.cancel()
@@ -641,7 +652,7 @@ async def test_a_save_that_is_cancelled_leaves_nothing(
     monkeypatch.undo()
     part = await store.begin(4096)
     (disk.folder / part).write_bytes(state())
-    kept = await store.commit(part, ONE, "conversation", 3000, 4096, prints("a"), 0.1)
+    kept = await store.commit(part, ONE, "conversation", 3000, 3000, 4096, prints("a"), 0.1)
     assert await store.is_whole(kept)
 
 

@@ -369,10 +369,20 @@ def test_a_fingerprint_tells_what_is_shared() -> None:
 
 @pytest.mark.parametrize(
     ("same", "size", "tokens", "expected"),
-    [(0, 100, 1000, 0), (100, 100, 1000, 900), (50, 100, 1000, 450), (1, 0, 9, 0), (9, 1, 10, 9)],
+    [
+        (0, 4000, 1000, 0),
+        (2000, 4000, 1000, 450),
+        (4000, 4000, 1000, 936),
+        (3900, 4000, 1000, 877),
+        (3960, 4000, 1000, 891),
+        (99_900, 100_000, 24_557, 24_368),
+        (9, 9, 3, 2),
+        (1, 0, 9, 8),
+        (0, 0, 9, 0),
+    ],
 )
 def test_what_should_have_been_cached(same: int, size: int, tokens: int, expected: int) -> None:
-    """The share in bytes, less a tenth for what bytes do not tell."""
+    """The share in bytes, less a tenth; or all but what the bytes that are new can be at most."""
     assert should_have(same, size, tokens) == expected
 
 
@@ -401,7 +411,7 @@ def test_a_server_that_lost_the_past_is_named() -> None:
     assert cold.divergence is not None
     assert cold.divergence.how == "continued"
     assert cold.rewritten == 0
-    assert 17_000 < cold.avoidable < 18_000
+    assert 17_000 < cold.avoidable <= 20_000
     assert "no longer held" in cold.sentence
     warm = memory.judge("a", later, tokens=20_000, cached=19_900)
     assert (warm.avoidable, warm.sentence) == (0, "")
