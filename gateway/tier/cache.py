@@ -41,6 +41,7 @@ from gateway.llama.snapshots import (
     Refused,
     Snapshot,
     Store,
+    What,
     flags_identity,
     server_identity,
     write_private,
@@ -118,9 +119,10 @@ class _Server:
 
 @attrs.frozen(eq=False)
 class _Held:
-    """What the slot holds after an answer."""
+    """What the slot holds after an answer: tokens of its prompt, and in all."""
 
     prompt: Prompt
+    prompt_tokens: int
     tokens: int
     is_conversation: bool
 
@@ -281,8 +283,8 @@ class Cache:
         if self._server is None:
             return
         is_conversation = bool(ticket.conversation) and ticket.rank is not Rank.SUBAGENT
-        tokens = evaluated + cached + usage.output
-        self._held = _Held(prompt, tokens, is_conversation)
+        tokens = evaluated + cached
+        self._held = _Held(prompt, tokens, tokens + usage.output, is_conversation)
         self._held_at = self._reactor.seconds()
         if is_conversation:
             self._keep_prefix(body)
@@ -348,7 +350,7 @@ class Cache:
         """Tokens of a prompt that the server holds, as many for each byte as `like` has."""
         held = [*self._memory.fingerprints, *self._given]
         most = max((shared(each, fingerprint) for each in held), default=0)
-        return int(like.tokens * most / max(1, whole(like.fingerprint)))
+        return int(like.prompt_tokens * most / max(1, whole(like.fingerprint)))
 
     # --- when nobody waits ------------------------------------------------------------------------
 
@@ -399,19 +401,16 @@ class Cache:
 
     async def _save(self, held: _Held, permit: Permit | None) -> None:
         """Save the slot; its permit goes back as soon as the server has written it."""
-        tokens, prompt = held.tokens, held.prompt
-        await self._take("conversation", tokens, prompt.fingerprint, permit)
+        await self._take("conversation", held, permit)
 
-    async def _take(
-        self, what: Any, tokens: int, fingerprint: bytes, permit: Permit | None
-    ) -> None:
+    async def _take(self, what: What, held: _Held, permit: Permit | None) -> None:
         server, store = self._server, self.store
         assert server is not None
         assert store is not None
         began = self._reactor.seconds()
         try:
             try:
-                part = await store.begin(self._state_bytes(server, tokens))
+                part = await store.begin(self._state_bytes(server, held.tokens))
                 try:
                     moved = await self.client.save_slot(_SLOT, part)
                 except BaseException:
@@ -425,8 +424,9 @@ class Cache:
                 server.identity,
                 what,
                 moved.tokens,
+                held.prompt_tokens,
                 moved.size,
-                fingerprint,
+                held.prompt.fingerprint,
                 moved.seconds,
                 exactly=server.exactly,
             )
@@ -525,8 +525,8 @@ class Cache:
         server, store = self._server, self.store
         if body is None or server is None or store is None:
             return
-        fingerprint = Prompt.of({**body, "messages": []}).fingerprint
-        if store.best_for(server.identity, fingerprint, exactly=True) is not None:
+        beginning = Prompt.of({**body, "messages": []})
+        if store.best_for(server.identity, beginning.fingerprint, exactly=True) is not None:
             return
         one, other = [
             await self.client.apply_template(chat.from_messages(each))
@@ -541,7 +541,8 @@ class Cache:
             )
             tokens = done.evaluated + done.cached
             if tokens >= self.config.snapshot_min_tokens:
-                await self._take("prefix", tokens, fingerprint, None)
+                held = _Held(beginning, tokens, tokens, is_conversation=False)
+                await self._take("prefix", held, None)
             permit.finished()
         finally:
             permit.abandon()
