@@ -5,7 +5,8 @@ Whether a server of ours that is up does anything.
 there.  What shows is progress: a batch evaluated, a token, an answer.  Slow is not stuck: only
 where nothing of that came for `stall` seconds while there was work, the server counts as stuck.
 Its output and its streams are listened to; when they are silent, its slots are asked, and a count
-that grew is progress as well.  Without work it has only to answer that question.
+that grew is progress as well.  Without work it has only to answer that question; so has one whose
+slots all rest, since what is left of an answer then waits for its client to read it.
 """
 
 from __future__ import annotations
@@ -91,17 +92,23 @@ class Vitals:
         asked = Deferred.fromCoroutine(self._ask())
         asked.addTimeout(self.stall / _LOOKS, self._reactor)
         try:
-            counts = await asked
+            slots = await asked
         except (ApiError, TimedOut):
             return False
-        before, self._counts = self._counts, counts
-        if worked and self.works() and counts == before:
+        before, self._counts = self._counts, _counted(slots)
+        stood_still = self._counts == before and not _rest(slots)
+        if worked and self.works() and stood_still:
             return False
         self.sign()
         return True
 
-    async def _ask(self) -> Json:
-        return _counted(await self.slots())
+    async def _ask(self) -> Sequence[Json]:
+        return await self.slots()
+
+
+def _rest(slots: Sequence[Json]) -> bool:
+    """Whether no slot works."""
+    return not any(slot.get("is_processing", True) for slot in slots if isinstance(slot, dict))
 
 
 def _counted(slots: Sequence[Json]) -> Json:
