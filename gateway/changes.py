@@ -47,7 +47,10 @@ def between(old: Config, new: Config) -> Changes:
             tiers[name] = wanted
             continue
         comes_or_goes = (before.server is None) != (wanted.server is None)
-        fixed = (*_FIXED_TIER, "server") if comes_or_goes else _FIXED_TIER
+        # A command goes with its address: what listens elsewhere would not be found.
+        fixed = _FIXED_TIER
+        if comes_or_goes or _changed(before, wanted, fixed):
+            fixed = (*fixed, "server")
         tiers[name], late = _kept(f"tier.{name}", before, wanted, fixed)
         postponed += late
     return Changes(
@@ -60,6 +63,11 @@ def between(old: Config, new: Config) -> Changes:
 
 def _kept(where: str, old: Any, new: Any, fixed: Sequence[str]) -> tuple[Any, list[str]]:
     """`new` with those of `fixed` as they were, and the keys that would have changed."""
-    changed = [name for name in fixed if getattr(old, name) != getattr(new, name)]
+    changed = _changed(old, new, fixed)
     kept = {name: getattr(old, name) for name in changed}
     return attrs.evolve(new, **kept), [f"{where}.{name}" for name in changed]
+
+
+def _changed(old: Any, new: Any, keys: Sequence[str]) -> list[str]:
+    """Those of `keys` whose value is another one."""
+    return [key for key in keys if getattr(old, key) != getattr(new, key)]
