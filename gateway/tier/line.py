@@ -208,13 +208,14 @@ class Line:
         self._leaving.clear()
         if self._asking is not None:
             self._asking.cancel()
-        settled, self._settling = self._settling, 0
-        for _ in range(settled):
-            self._semaphore.release()
         for place in [place for place in self._places if place.turn is not None]:
             self._places.remove(place)
             assert place.turn is not None
             place.turn.errback(why)
+        # Last, so that no permit goes to somebody who waits.
+        settled, self._settling = self._settling, 0
+        for _ in range(settled):
+            self._semaphore.release()
 
     def places(self) -> list[Ticket]:
         """The waiting calls, in the order in which they would go now."""
@@ -239,9 +240,13 @@ class Line:
 
     # --- for a call -------------------------------------------------------------------------------
 
-    def join(self, ticket: Ticket) -> Deferred[Permit]:
+    def join(self, ticket: Ticket, *, in_any_case: bool = False) -> Deferred[Permit]:
         """
         Wait for a slot.
+
+        Args:
+            ticket: what is to be known of the call.
+            in_any_case: also where the line is full.
 
         Returns:
             A Deferred of the permit.  Cancelling it leaves the line.
@@ -252,8 +257,8 @@ class Line:
         if self._stopped:
             raise stopping()
         if self._down is not None:
-            raise self._down
-        if self.waiting >= self.max_waiting:
+            raise self._down.with_traceback(None)  # which would grow, and hold what it went through
+        if self.waiting >= self.max_waiting and not in_any_case:
             soon = self._pace * self.waiting / self.slots
             raise overloaded(
                 f"{self.waiting} calls are waiting for this model already; try again later.",

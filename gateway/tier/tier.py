@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import suppress
 from itertools import count
 from typing import Any, Final
 
 import attrs
 from twisted.application.internet import backoffPolicy
-from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import CancelledError, Deferred, DeferredLock
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
@@ -87,6 +88,7 @@ class Tier:
     _rewrites: tuple[str, ...] = attrs.field(default=(), init=False)
     _first: OrderedDict[str, Mapping[str, Json]] = attrs.field(factory=OrderedDict, init=False)
     _asked_at: float = attrs.field(default=0.0, init=False)
+    _resting: DeferredLock = attrs.field(factory=DeferredLock, init=False)
 
     @classmethod
     def of(cls, name: str, wanted: Wanted, client: LlamaClient, reactor: IReactorTime) -> Tier:
@@ -129,20 +131,20 @@ class Tier:
 
     async def rest(self, rank: Rank = Rank.HOUSE) -> list[Permit]:
         """
-        All permits of its slots, each as soon as it is free; none while its server is away.
+        All permits of its slots, each as soon as it is free; fewer once its server is away.
 
         Cancelling it gives back those that it has.
         """
-        if self._is_away:
-            return []
         permits: list[Permit] = []
-        try:
-            while len(permits) < self.config.slots:
-                permits.append(await self.line.join(Ticket(rank)))
-        except BaseException:
-            for permit in permits:
-                permit.finished()
-            raise
+        async with self._resting:  # two who each held some would wait for each other
+            try:
+                with suppress(Unavailable):  # it goes away, and so rests
+                    while len(permits) < self.config.slots and not self._is_away:
+                        permits.append(await self.line.join(Ticket(rank), in_any_case=True))
+            except BaseException:
+                for permit in permits:
+                    permit.finished()
+                raise
         return permits
 
     async def props(self) -> Props:

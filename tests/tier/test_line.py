@@ -355,3 +355,106 @@ def test_whatever_the_server_answers_no_permit_is_lost(logged: list[LogEvent]) -
     assert patient.permit is not None
     assert any(event.get("log_failure") for event in logged)
     logged.clear()
+
+
+# --- a server that goes away ----------------------------------------------------------------------
+
+GONE = unavailable("it is gone")
+
+
+@attrs.define(eq=False)
+class Told:
+    """A call that is told when its server goes."""
+
+    turn: Deferred[Permit]
+    permit: Permit | None = None
+    why: BaseException | None = None
+
+    def __attrs_post_init__(self) -> None:
+        self.turn.addCallbacks(
+            lambda permit: setattr(self, "permit", permit),
+            lambda failure: setattr(self, "why", failure.value),
+        )
+
+
+def test_who_waits_for_a_server_that_goes_is_told() -> None:
+    """So is who comes while it is away; the line is open again once it is back."""
+    scene = Scene()
+    holder, waiter = scene.join(), Told(scene.line.join(Ticket()))
+    scene.line.server_down(GONE)
+    assert waiter.why == GONE
+    assert scene.line.waiting == 0
+    with pytest.raises(ApiError) as caught:
+        scene.join()
+    assert caught.value == GONE
+    assert holder.permit is not None
+    holder.permit.abandon()
+    assert (scene.line.running, scene.line.settling) == (0, 0), "nothing works on it any more"
+    scene.line.server_up()
+    assert scene.join().permit is not None
+    assert scene.clock.getDelayedCalls() == []
+
+
+def test_slots_of_a_server_that_goes_rest() -> None:
+    """Permits that were out for it are back at once, each once, and nobody is sent there."""
+    scene = Scene(slots=2)
+    scene.server.busy = 2
+    leavers = [scene.join(), scene.join()]
+    waiter = Told(scene.line.join(Ticket()))
+    for leaver in leavers:
+        assert leaver.permit is not None
+        leaver.permit.abandon()
+    scene.line.server_down(GONE)
+    assert waiter.permit is None
+    assert waiter.why == GONE
+    assert scene.line.settling == 0
+    for leaver in leavers:
+        assert leaver.permit is not None
+        leaver.permit.idle()
+    scene.line.server_up()
+    callers = [scene.join() for _ in range(3)]
+    assert [caller.permit is not None for caller in callers] == [True, True, False]
+    scene.clock.advance(60)
+    assert scene.server.asked == 0
+
+
+def test_a_place_is_kept_while_the_server_is_away() -> None:
+    """Who was cut off by its end comes again, and goes before who came later."""
+    scene = Scene()
+    cut = scene.join(key=b"a")
+    scene.line.server_down(GONE)
+    assert cut.permit is not None
+    cut.permit.cut()
+    scene.line.server_up()
+    other = scene.join(key=b"b")
+    again = scene.join(key=b"a")
+    assert again.permit is not None
+    assert other.permit is None
+
+
+def test_a_new_server_holds_no_conversation() -> None:
+    """None goes first for the sake of a slot that is empty by now."""
+    scene = Scene()
+    held = scene.join(conversation="A")
+    scene.line.server_down(GONE)
+    assert held.permit is not None
+    held.permit.finished()
+    scene.line.server_up()
+    blocker = scene.join()
+    first, second = scene.join(conversation="B"), scene.join(conversation="A")
+    assert blocker.permit is not None
+    blocker.permit.finished()
+    assert first.permit is not None
+    assert second.permit is None
+
+
+def test_a_refusal_does_not_remember_who_was_refused() -> None:
+    """While a server is away for long, nothing of the calls that come stays in memory."""
+    scene = Scene()
+    scene.line.server_down(GONE)
+    lengths = set()
+    for _ in range(5):
+        with pytest.raises(ApiError) as caught:
+            scene.join()
+        lengths.add(len(caught.traceback))
+    assert len(lengths) == 1

@@ -1,0 +1,138 @@
+"""A tier that is made to rest; its server is in memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+import pytest
+from twisted.internet.defer import CancelledError, Deferred
+
+from gateway.policy.order import Rank
+from gateway.tier.line import Permit, Ticket
+from gateway.tier.tier import Tier
+from gateway.wire.errors import unavailable
+from tests.house import FakeLlama, Household
+
+
+@attrs.define(eq=False)
+class Resting:
+    """Somebody who wants all permits."""
+
+    wanted: Deferred[list[Permit]]
+    permits: list[Permit] | None = None
+    failure: type[BaseException] | None = None
+
+    @classmethod
+    def of(cls, tier: Tier, *rank: Rank) -> Resting:
+        self = cls(Deferred.fromCoroutine(tier.rest(*rank)))
+        self.wanted.addCallbacks(
+            lambda permits: setattr(self, "permits", permits),
+            lambda failure: setattr(self, "failure", failure.type),
+        )
+        return self
+
+    def over(self) -> None:
+        for permit in self.permits or ():
+            permit.finished()
+
+
+@attrs.define(eq=False)
+class Call:
+    """One call in the tier's line."""
+
+    turn: Deferred[Permit]
+    permit: Permit | None = None
+
+    @classmethod
+    def in_line(cls, tier: Tier, rank: Rank = Rank.PERSON) -> Call:
+        self = cls(tier.line.join(Ticket(rank)))
+        self.turn.addCallback(lambda permit: setattr(self, "permit", permit))
+        return self
+
+    def over(self) -> None:
+        assert self.permit is not None
+        self.permit.finished()
+
+
+@pytest.fixture
+def tier() -> Any:
+    """One of two slots."""
+    return Household.built(main=FakeLlama(slots=2)).api.dispatch.tiers["main"]
+
+
+def test_a_tier_rests_when_its_calls_are_over(tier: Tier) -> None:
+    """The house goes before who waits, and after who runs; then the others go on."""
+    running, waiting = [Call.in_line(tier) for _ in range(2)], Call.in_line(tier)
+    rest = Resting.of(tier)
+    running[0].over()
+    assert rest.permits is None
+    running[1].over()
+    assert rest.permits is not None
+    assert waiting.permit is None
+    rest.over()
+    assert waiting.permit is not None
+
+
+def test_who_lets_a_tier_go_waits_for_everybody(tier: Tier) -> None:
+    """In the background nobody is overtaken."""
+    running, waiting = [Call.in_line(tier) for _ in range(2)], Call.in_line(tier)
+    rest = Resting.of(tier, Rank.BACKGROUND)
+    for call in (running[0], running[1]):
+        call.over()
+    assert waiting.permit is not None
+    assert rest.permits is None
+    waiting.over()
+    assert rest.permits is not None
+
+
+def test_two_who_want_all_permits_get_them_one_after_the_other(tier: Tier) -> None:
+    """Neither waits for what the other holds."""
+    running = [Call.in_line(tier) for _ in range(2)]
+    first, second = Resting.of(tier), Resting.of(tier)
+    for call in running:
+        call.over()
+    assert first.permits is not None
+    assert second.permits is None
+    first.over()
+    assert second.permits is not None
+    second.over()
+    assert Call.in_line(tier).permit is not None
+
+
+def test_who_wants_it_no_more_gives_back_what_he_has(tier: Tier) -> None:
+    """A rest that is cancelled leaves the line as it was."""
+    running = [Call.in_line(tier) for _ in range(2)]
+    rest = Resting.of(tier)
+    running[0].over()
+    rest.wanted.cancel()
+    assert rest.failure is CancelledError
+    assert Call.in_line(tier).permit is not None
+    assert Call.in_line(tier).permit is None
+
+
+def test_a_full_line_does_not_keep_a_tier_from_resting(tier: Tier) -> None:
+    """Whoever runs the house is not refused."""
+    tier.line.max_waiting = 1
+    running, waiting = [Call.in_line(tier) for _ in range(2)], Call.in_line(tier)
+    rest = Resting.of(tier)
+    for call in running:
+        call.over()
+    assert rest.permits is not None
+    rest.over()
+    assert waiting.permit is not None
+
+
+def test_a_server_that_goes_away_rests(tier: Tier) -> None:
+    """Who waits for its slots waits no longer, and gets those that he has."""
+    running = [Call.in_line(tier) for _ in range(2)]
+    rest = Resting.of(tier)
+    running[0].over()
+    assert rest.permits is None
+    tier.line.server_down(unavailable("it is gone"))
+    assert rest.permits is not None
+    assert len(rest.permits) == 1
+    rest.over()
+    running[1].over()
+    tier.line.server_up()
+    assert [Call.in_line(tier).permit is not None for _ in range(3)] == [True, True, False]
