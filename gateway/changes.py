@@ -48,7 +48,7 @@ def between(old: Config, new: Config) -> Changes:
             continue
         comes_or_goes = (before.server is None) != (wanted.server is None)
         # A command goes with its address: what listens elsewhere would not be found.
-        fixed = _FIXED_TIER
+        fixed: tuple[str, ...] = _FIXED_TIER
         if comes_or_goes or _changed(before, wanted, fixed):
             fixed = (*fixed, "server")
         tiers[name], late = _kept(f"tier.{name}", before, wanted, fixed)

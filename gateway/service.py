@@ -111,6 +111,7 @@ class House(MultiService):
     _door: Service
     _announcing: Deferred[None] | None = None
     _changing: set[Deferred[None]] = attrs.field(factory=set, init=False)
+    _leaving: list[Tier] = attrs.field(factory=list, init=False)
 
     @classmethod
     def built(cls, config: Config, path: Path, reactor: Any) -> House:
@@ -227,10 +228,12 @@ class House(MultiService):
 
     async def _remove(self, tier: Tier) -> None:
         """Let a tier go that nobody is sent to any more, once its calls have their answers."""
+        self._leaving.append(tier)
         await tier.rest(Rank.BACKGROUND)
         tier.stop()
         if tier.child is not None:
             await tier.child.stopService()
+        self._leaving.remove(tier)
         log.info("tier {tier}: removed", tier=tier.name)
 
     def _later(self, change: Coroutine[Deferred[Any], Any, None]) -> None:
@@ -253,19 +256,20 @@ class House(MultiService):
     async def _stop(self) -> None:
         """Let nobody in, let answers end, save what slots hold, stop the servers: in this order."""
         self.running = False
+        tiers = [*self.tiers.values(), *self._leaving]
         notify(stopping(self.config.longest_grace))
         if self._announcing is not None:
             self._announcing.cancel()
         for changing in list(self._changing):
             changing.cancel()
         await self._door.stopService()
-        for tier in self.tiers.values():
+        for tier in tiers:
             tier.stop()
         await self.api.drain(self.config.gateway.grace, self._reactor)
         await self._site.hang_up(_LAST_BYTES, self._reactor)
-        for tier in self.tiers.values():
+        for tier in tiers:
             await tier.cache.rest(self.config.gateway.grace)
-        children = [tier.child for tier in self.tiers.values() if tier.child is not None]
+        children = [tier.child for tier in tiers if tier.child is not None]
         await gatherResults([child.stopService() for child in children])
 
 
@@ -320,8 +324,9 @@ async def _restart(tier: Tier, child: Child) -> None:
     """Start a server anew while none of its slots works, and what it held is saved."""
     permits = await tier.rest()
     try:
-        await tier.cache.rest(SLOT_PATIENCE)
-        child.restart()
+        if child.replace(child.command, child.env):  # it may have been started with them meanwhile
+            await tier.cache.rest(SLOT_PATIENCE)
+            child.restart()
     finally:
         for permit in permits:
             permit.finished()

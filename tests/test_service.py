@@ -1,0 +1,330 @@
+"""A house that reads its configuration again, and stops; no process is started here."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import attrs
+import orjson
+import pytest
+from twisted.internet.defer import Deferred
+from twisted.logger import LogEvent, LogLevel, formatEvent
+
+from gateway.config import load
+from gateway.llama.child import Health, State
+from gateway.llama.client import LlamaClient
+from gateway.policy.calls import KINDS
+from gateway.service import House
+from gateway.tier.line import Permit, Ticket
+from gateway.wire.errors import ApiError
+from tests.llama.test_child import FakeProcess, ProcessReactor
+
+HAIKU = '[[route]]\nmodel = "*haiku*"\ntier = "small"\n'
+
+
+def tier(name: str, *words: str, **keys: Any) -> str:
+    """A tier's part of a configuration, with a server of ours that is started by `words`."""
+    command = orjson.dumps([sys.executable, name, *words]).decode()
+    url = f"http://127.0.0.1:{8000 + len(name)}"
+    lines = [f"{key} = {orjson.dumps(value).decode()}" for key, value in keys.items()]
+    return "\n".join(
+        [f'[tier.{name}]\nurl = "{url}"', *lines, f"[tier.{name}.server]\ncommand = {command}\n"]
+    )
+
+
+@attrs.define(eq=False)
+class Call:
+    """A call in the line of a tier."""
+
+    turn: Deferred[Permit]
+    permit: Permit | None = None
+    failed: bool = False
+
+    def __attrs_post_init__(self) -> None:
+        self.turn.addCallbacks(
+            lambda permit: setattr(self, "permit", permit),
+            lambda _: setattr(self, "failed", True),
+        )
+
+    def over(self) -> None:
+        assert self.permit is not None
+        self.permit.finished()
+
+
+@attrs.define(eq=False)
+class Estate:
+    """
+    A house in memory.
+
+    Attributes:
+        events: what it has logged.
+        stopped: filled once it has stopped.
+    """
+
+    folder: Path
+    events: list[LogEvent]
+    reactor: ProcessReactor = attrs.field(factory=ProcessReactor)
+    stopped: list[None] = attrs.field(factory=list)
+    house: House = attrs.field(init=False)
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "gw.toml"
+
+    def writes(self, *parts: str) -> None:
+        head = f'[gateway]\nstate_dir = "{self.folder}"\n'
+        self.path.write_text("\n".join([head, *parts]))
+
+    def stands(self, *parts: str) -> None:
+        """Build it and wait for its servers."""
+        self.writes(*parts)
+        self.house = House.built(load(self.path, KINDS), self.path, self.reactor)
+        self.house.startService()
+        self.wait()
+
+    def reads(self, *parts: str) -> None:
+        """Another file, and SIGHUP."""
+        self.writes(*parts)
+        self.house.reload()
+        self.wait()
+
+    def wait(self) -> None:
+        self.reactor.advance(0.25)
+
+    def stop(self) -> None:
+        self.house.stopService().addCallback(self.stopped.append)
+
+    def started(self, name: str) -> list[FakeProcess]:
+        """The processes that a tier has had."""
+        return [each for each in self.reactor.started if name in each.words]
+
+    def process(self, name: str) -> FakeProcess:
+        return self.started(name)[-1]
+
+    def state(self, name: str) -> State:
+        child = self.house.tiers[name].child
+        assert child is not None
+        return child.state
+
+    def call(self, name: str) -> Call:
+        """A call that goes to a tier."""
+        return Call(self.house.tiers[name].line.join(Ticket()))
+
+    @property
+    def said(self) -> str:
+        return "\n".join(formatEvent(event) or "" for event in self.events)
+
+    def take_errors(self) -> None:
+        """That a server ended is an error in the log, and meant."""
+        self.events[:] = [each for each in self.events if each["log_level"] < LogLevel.error]
+
+
+@pytest.fixture
+def estate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, logged: list[LogEvent]
+) -> Iterator[Estate]:
+    """A house that is built by the test, and stopped after it."""
+    estate = Estate(tmp_path, logged)
+
+    async def health(client: LlamaClient) -> Health:
+        runs = any(client.tier in each.words for each in estate.reactor.alive())
+        return Health.READY if runs else Health.DOWN
+
+    monkeypatch.setattr(LlamaClient, "health", health)
+    (tmp_path / "slots").mkdir()
+    yield estate
+    if estate.house.running:
+        estate.stop()
+    for process in estate.reactor.alive():
+        process.ends()
+    assert estate.stopped
+    assert estate.reactor.getDelayedCalls() == []
+
+
+# --- SIGHUP ---------------------------------------------------------------------------------------
+
+
+def test_a_file_with_a_mistake_changes_nothing(estate: Estate) -> None:
+    """It is refused whole, and the log has each mistake."""
+    estate.stands(tier("main"), tier("small"))
+    before = estate.house.config
+    estate.reads(tier("main", slots=0), tier("small", "another", colour="red"), HAIKU)
+    assert estate.house.config is before
+    assert estate.house.api.dispatch.rules == ()
+    assert "all stays as it was" in estate.said
+    assert "tier.main.slots" in estate.said
+    assert "colour" in estate.said
+    assert len(estate.reactor.started) == 2
+
+
+def test_routes_and_bounds_change_at_once(estate: Estate) -> None:
+    """No server is touched."""
+    estate.stands(tier("main"), tier("small"))
+    estate.reads(tier("main", max_waiting=3, stall=7), tier("small"), HAIKU)
+    (rule,) = estate.house.api.dispatch.rules
+    assert (rule.model, rule.tier) == ("*haiku*", "small")
+    main = estate.house.tiers["main"]
+    assert main.vitals is not None
+    assert (main.line.max_waiting, main.vitals.stall) == (3, 7)
+    assert len(estate.reactor.started) == 2
+    assert [each.signals for each in estate.reactor.started] == [[], []]
+
+
+def test_a_changed_command_waits_for_the_calls(estate: Estate) -> None:
+    """That server alone is ended once its slots rest, and started with the new words."""
+    estate.stands(tier("main"), tier("small"))
+    call = estate.call("main")
+    estate.reads(tier("main", "--new"), tier("small"))
+    assert estate.process("main").signals == []
+    call.over()
+    assert estate.process("main").signals == ["TERM"]
+    estate.process("main").ends()
+    estate.wait()
+    assert estate.process("main").words[-1] == "--new"
+    assert estate.state("main") is State.READY
+    assert len(estate.started("small")) == 1
+    assert estate.call("main").permit is not None
+
+
+def test_a_command_that_changes_twice_is_started_once(estate: Estate) -> None:
+    """The one that was read last, however many slots there are."""
+    estate.stands(tier("main", slots=2))
+    calls = [estate.call("main"), estate.call("main")]
+    estate.reads(tier("main", "--new", slots=2))
+    estate.reads(tier("main", "--newer", slots=2))
+    for call in calls:
+        call.over()
+    estate.process("main").ends()
+    estate.wait()
+    assert [each.words[-1] for each in estate.started("main")] == ["main", "--newer"]
+    assert estate.process("main").signals == []
+    assert [estate.call("main").permit is not None for _ in range(3)] == [True, True, False]
+
+
+def test_a_command_that_is_changed_back_is_none(estate: Estate) -> None:
+    """The server that runs is the one that is wanted."""
+    estate.stands(tier("main"))
+    call = estate.call("main")
+    estate.reads(tier("main", "--new"))
+    estate.reads(tier("main"))
+    call.over()
+    assert estate.process("main").signals == []
+    assert estate.call("main").permit is not None
+
+
+def test_a_server_that_ended_by_itself_is_not_started_twice(estate: Estate) -> None:
+    """Its next start has the new words already."""
+    estate.stands(tier("main"))
+    call = estate.call("main")
+    estate.reads(tier("main", "--new"))
+    estate.process("main").ends(status=1)
+    call.over()
+    estate.reactor.pump([0.25] * 20)
+    assert [each.words[-1] for each in estate.started("main")] == ["main", "--new"]
+    assert estate.process("main").signals == []
+    estate.take_errors()
+
+
+def test_a_server_that_failed_is_tried_again(estate: Estate) -> None:
+    """A file that is read again says that something was mended."""
+    estate.stands(tier("main") + "max_restarts = 0\n")
+    estate.process("main").ends(status=1)
+    assert estate.state("main") is State.FAILED
+    estate.take_errors()
+    estate.reads(tier("main") + "max_restarts = 0\n")
+    assert estate.state("main") is State.READY
+
+
+def test_a_tier_that_is_added_is_started(estate: Estate) -> None:
+    """Calls can go there at once."""
+    estate.stands(tier("main"))
+    estate.reads(tier("main"), tier("vision"))
+    estate.wait()
+    assert estate.state("vision") is State.READY
+    assert estate.call("vision").permit is not None
+
+
+def test_a_tier_that_is_removed_ends_its_calls_first(estate: Estate) -> None:
+    """Nobody else is sent there; its server ends when the last call has its answer."""
+    estate.stands(tier("main"), tier("small"))
+    running, waiting = estate.call("small"), estate.call("small")
+    estate.reads(tier("main"))
+    assert list(estate.house.tiers) == ["main"]
+    running.over()
+    assert waiting.permit is not None
+    assert estate.process("small").signals == []
+    waiting.over()
+    assert estate.process("small").signals == ["TERM"]
+    estate.process("small").ends()
+    assert "tier small: removed" in estate.said
+    assert not waiting.failed
+
+
+def test_a_tier_that_is_removed_while_its_server_ends(estate: Estate) -> None:
+    """Nothing works there any more, and it is not started again."""
+    estate.stands(tier("main"), tier("small"))
+    running = estate.call("small")
+    estate.reads(tier("main"))
+    estate.process("small").ends(status=1)
+    running.over()
+    estate.reactor.pump([1] * 20)
+    assert len(estate.started("small")) == 1
+    assert "tier small: removed" in estate.said
+    estate.take_errors()
+
+
+# --- SIGTERM --------------------------------------------------------------------------------------
+
+
+def test_a_house_that_stops_ends_its_servers(estate: Estate) -> None:
+    """It is over when they are gone; who waits is told at once, who runs is waited for."""
+    estate.stands(tier("main"), tier("small"))
+    running, waiting = estate.call("main"), estate.call("main")
+    estate.stop()
+    assert waiting.failed
+    assert not running.failed
+    assert not estate.stopped
+    for name in ("main", "small"):
+        assert estate.process(name).signals == ["TERM"]
+        estate.process(name).ends()
+    assert estate.stopped
+
+
+def test_a_house_that_stops_ends_the_servers_that_are_leaving(estate: Estate) -> None:
+    """A tier that was removed and still has a call has a server, too."""
+    estate.stands(tier("main"), tier("small"))
+    running = estate.call("small")
+    estate.reads(tier("main"))
+    estate.stop()
+    assert estate.process("small").signals == ["TERM"]
+    estate.process("main").ends()
+    assert not estate.stopped
+    estate.process("small").ends()
+    assert estate.stopped
+    running.over()
+
+
+def test_a_house_that_stops_forgets_what_it_was_to_change(estate: Estate) -> None:
+    """A server that was to be started anew is only ended, and SIGHUP does nothing any more."""
+    estate.stands(tier("main"))
+    call = estate.call("main")
+    estate.reads(tier("main", "--new"))
+    estate.stop()
+    estate.reads(tier("main"), tier("small"))
+    estate.process("main").ends()
+    assert estate.stopped
+    assert len(estate.reactor.started) == 1
+    call.over()
+
+
+def test_who_comes_to_a_house_that_stops_is_refused(estate: Estate) -> None:
+    """503, to be sent again: to the next one, as far as the client knows."""
+    estate.stands(tier("main"))
+    line = estate.house.tiers["main"].line
+    estate.stop()
+    with pytest.raises(ApiError) as caught:
+        line.join(Ticket())
+    assert (caught.value.status, caught.value.should_retry) == (503, None)
