@@ -134,7 +134,8 @@ class Dispatch:
                     try:
                         return await ask_once(teller)
                     except (Lost, Truncated, Unavailable) as error:
-                        tier = self.tiers[record.tier]
+                        # A reload may have taken its tier away; then it goes elsewhere now.
+                        tier = self.tiers.get(record.tier, self.tiers[routes.MAIN])
                         away += isinstance(error, Unavailable)
                         lost += not isinstance(error, Unavailable)
                         too_often = lost > tier.config.resends or away > _AWAY
@@ -164,9 +165,9 @@ class Dispatch:
         """
         with self.ledger.call(caller.request_id) as record:
             request = wire.parse(raw, counting=True)
-            request, call, wanted = self._understand(request, headers)
             record.kind, record.model = "count", request.model
             for attempt in itertools.count():
+                request, call, wanted = self._understand(request, headers)
                 tier, body, route = await self._place(request, call, wanted)
                 record.tier, record.rule = route.tier, route.rule
                 caller.routed(route.tier, "count", route.degraded)

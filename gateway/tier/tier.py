@@ -82,6 +82,7 @@ class Tier:
     _is_open: bool = attrs.field(default=False, init=False)
     _props: Props | None = attrs.field(default=None, init=False)
     _met: Props | None = attrs.field(default=None, init=False)
+    _stopped: bool = attrs.field(default=False, init=False)
     _awaiting: list[Deferred[None]] = attrs.field(factory=list, init=False)
     _looking: Deferred[None] | None = attrs.field(default=None, init=False)
     _alarm: IDelayedCall | None = attrs.field(default=None, init=False)
@@ -112,6 +113,7 @@ class Tier:
 
     def stop(self) -> None:
         """Let nobody in any more; who waits is told to come again."""
+        self._stopped = True
         self.line.stop()
         self.cache.stop()
         if self.vitals is not None:
@@ -265,6 +267,8 @@ class Tier:
         self.child.stuck(why)
 
     async def _wait_for_it(self) -> None:
+        if self._stopped:  # who lost a server meanwhile would wait for one, and get no place
+            raise stopping()
         if len(self._awaiting) >= self.config.max_waiting:
             raise overloaded(
                 f"{len(self._awaiting)} calls are waiting for this model to load.", retry_after=30

@@ -174,6 +174,45 @@ def test_a_count_waits_for_a_server_that_is_gone() -> None:
     assert browser.status == 200
 
 
+def test_a_call_that_loses_its_server_while_the_house_stops_is_told_at_once() -> None:
+    """It would get no place in the line any more: the client is told to come again."""
+    house = Household.built()
+    browser = house.ask(turn())
+    house.api.dispatch.tiers["main"].stop()
+    house.main.gone = True
+    die(house, house.main.held[0])
+    house.settle()
+    assert browser.status == 503
+    assert browser.headers["retry-after"] == "5"
+
+
+def test_a_call_whose_tier_was_removed_goes_where_it_belongs_now() -> None:
+    """Its server went away, and a reload has taken the tier: main answers."""
+    house = Household.built()
+    browser = house.ask(turn(model="claude-haiku"), **CLAUDE_CODE)
+    house.api.dispatch.tiers = {"main": house.api.dispatch.tiers["main"]}
+    die(house, house.small.held[0])
+    come_back(house)
+    house.main.held[0].answer()
+    house.settle()
+    assert browser.status == 200
+    assert browser.headers["x-claudegw-tier"] == "main"
+
+
+def test_a_count_whose_tier_was_removed_goes_where_it_belongs_now() -> None:
+    """It waits for an answer of a server that goes away, together with its tier."""
+    house = Household.built()
+    house.small.hangs.add("/apply-template")
+    house.small.hangs.add("/v1/messages/count_tokens")
+    browser = house.ask(turn(model="claude-haiku"), "/v1/messages/count_tokens", **CLAUDE_CODE)
+    assert browser.status is None
+    small = house.api.dispatch.tiers["small"]
+    house.api.dispatch.tiers = {"main": house.api.dispatch.tiers["main"]}
+    small.client.hang_up()
+    come_back(house)
+    assert browser.status == 200
+
+
 # --- the small tier -------------------------------------------------------------------------------
 
 
