@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Coroutine
 from typing import Any
 
 import attrs
@@ -12,8 +13,9 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
 
 from gateway.llama.child import Health
-from gateway.llama.client import LlamaClient
-from tests.house import FakeLlama
+from gateway.llama.client import LlamaClient, Lost
+from gateway.wire.errors import Unavailable
+from tests.house import HELLO, FakeLlama
 
 
 @attrs.define(eq=False)
@@ -71,3 +73,102 @@ def test_a_question_that_is_not_wanted_any_more_is_cancelled() -> None:
     scene.ask().cancel()
     assert scene.said == [CancelledError]
     assert scene.clock.getDelayedCalls() == []
+
+
+# --- a server that is about to be ended -----------------------------------------------------------
+
+
+@attrs.define(eq=False)
+class Asked:
+    """A client in front of a server in memory, and what its questions came to."""
+
+    server: FakeLlama = attrs.field(factory=FakeLlama)
+    clock: Clock = attrs.field(factory=Clock)
+    came: list[Any] = attrs.field(factory=list)
+    received: list[bytes] = attrs.field(factory=list)
+    client: LlamaClient = attrs.field(init=False)
+    _agent: Any = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._agent = RequestTraversalAgent(self.server)
+        http = HTTPClient(self._agent)
+        self.client = LlamaClient.over(self.clock, "main", "http://main", None, http)
+
+    def ask(self, question: Coroutine[Deferred[Any], Any, Any]) -> Deferred[Any]:
+        asking = Deferred.fromCoroutine(question)
+        asking.addCallbacks(self.came.append, lambda failure: self.came.append(failure.value))
+        self.settle()
+        return asking
+
+    async def stream(self) -> None:
+        """A call that is read to its end."""
+        answer = await self.client.messages({"messages": []})
+        await answer.stream(self.received.append)
+
+    def settle(self) -> None:
+        for _ in range(5):
+            self._agent.flush()
+
+    def hang_up(self) -> None:
+        self.client.hang_up()
+        self.settle()
+
+
+def test_who_waits_for_a_status_loses_the_server() -> None:
+    """A call that has no status yet fails as if the server had gone, and the server sees it."""
+    asked = Asked()
+    asked.ask(asked.stream())
+    asked.hang_up()
+    (lost,) = asked.came
+    assert isinstance(lost, Lost)
+    assert asked.server.held[0].left
+
+
+def test_who_reads_an_answer_loses_the_server() -> None:
+    """What had come stays; the rest does not come, and the server sees it."""
+    asked = Asked()
+    asked.ask(asked.stream())
+    asked.server.held[0].begin()
+    asked.server.held[0].send(*HELLO[:3])
+    asked.settle()
+    assert asked.received
+    asked.hang_up()
+    (lost,) = asked.came
+    assert isinstance(lost, Lost)
+    assert asked.server.held[0].left
+
+
+def test_a_short_question_becomes_a_server_that_is_not_there() -> None:
+    """It is to be asked again once another server is there."""
+    asked = Asked()
+    asked.server.hangs.add("/slots")
+    asked.ask(asked.client.slots())
+    asked.hang_up()
+    (error,) = asked.came
+    assert isinstance(error, Unavailable)
+    assert asked.clock.getDelayedCalls() == []
+
+
+def test_who_leaves_is_not_told_that_the_server_is_gone() -> None:
+    """A cancellation stays one, whether or not the client is hung up afterwards."""
+    asked = Asked()
+    asking = asked.ask(asked.stream())
+    asking.cancel()
+    asked.hang_up()
+    (cancelled,) = asked.came
+    assert isinstance(cancelled, CancelledError)
+
+
+def test_nothing_of_a_hang_up_stays() -> None:
+    """The next call is one like any other, and hanging up on nobody does nothing."""
+    asked = Asked()
+    asked.ask(asked.stream())
+    asked.hang_up()
+    asked.hang_up()
+    asked.came.clear()
+    asked.ask(asked.stream())
+    asked.server.held[1].answer()
+    asked.settle()
+    asked.hang_up()
+    assert asked.came == [None]
+    assert b"message_stop" in b"".join(asked.received)
