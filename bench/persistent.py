@@ -110,8 +110,10 @@ class _Left(Exception):
     """The client has gone away."""
 
 
-def ask(port: int, headers: Mapping[str, str], call: Call) -> Ended:
-    """Ask until there is an answer, as often as Claude Code does."""
+def ask(
+    port: int, headers: Mapping[str, str], call: Call, again: Callable[[], None] = lambda: None
+) -> Ended:
+    """Ask until there is an answer, as often as Claude Code does; `again` is told of each time."""
     began = time.monotonic()
     until = None if call.leaves is None else began + call.leaves
     body, reasons = call.body, list[str]()
@@ -129,13 +131,14 @@ def ask(port: int, headers: Mapping[str, str], call: Call) -> Ended:
             return ended(Outcome.DONE_WITHOUT if spared else Outcome.LOST, str(refused))
         except Wrong as wrong:
             return ended(Outcome.LOST, f"wrong: {wrong}")
-        except Again as again:
+        except Again as wanted:
             if sent == MOST:
-                return ended(Outcome.LOST, f"sent {sent} times again: {again}")
-            reasons.append(str(again))
-            if again.whole:
+                return ended(Outcome.LOST, f"sent {sent} times again: {wanted}")
+            reasons.append(str(wanted))
+            again()
+            if wanted.whole:
                 body = {**body, "stream": False}
-            pause = min(0.5 * 2**sent, LONGEST_PAUSE) if again.after is None else again.after
+            pause = min(0.5 * 2**sent, LONGEST_PAUSE) if wanted.after is None else wanted.after
             if until is not None and time.monotonic() + pause > until:
                 return ended(Outcome.LEFT)
             time.sleep(pause)

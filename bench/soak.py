@@ -4,6 +4,9 @@ Whether it stays up: real calls of four clients, and a fault every few seconds.
 ``python -m bench.soak [--minutes 30] [--every 20] [--seed N] [--folder DIR]`` starts a gateway with
 both embedded servers as its children.  A fault is a signal to one of them, KILL or STOP, or a HUP
 to the gateway with another configuration.  No call may be lost, no permit, no process.
+
+A call that loses its server twice counts as poison and is refused, and rightly so.  So a server is
+spared while a call is under way that has lost one already.
 """
 
 from __future__ import annotations
@@ -209,15 +212,15 @@ class Person:
             ask(_turn(self.turn()))
 
     def turn(self) -> Json:
-        """A turn; every other one has 1 000 to 2 000 tokens, and every other of these is new."""
+        """A turn; one of three has 1 000 to 2 000 tokens, and one of three of these a new text."""
         body = {
             "model": "any",
             "max_tokens": self.dice.randint(8, 40),
             "stream": self.dice.random() < 0.7,
             "messages": [{"role": "user", "content": f"{self._mark()} Which gate is open?"}],
         }
-        if self.dice.random() < 0.5:
-            body["system"] = self._text(self._mark() if self.dice.random() < 0.5 else "session")
+        if self.dice.randrange(3) == 0:
+            body["system"] = self._text("session" if self.dice.randrange(3) else self._mark())
         return body
 
     def title(self) -> Call:
@@ -259,7 +262,7 @@ class Person:
         return f"{self.number}-{self.asked}"
 
     def _text(self, mark: str) -> str:
-        sentences = 90 + 15 * self.number
+        sentences = 60 + 15 * self.number
         return " ".join(f"Gate {mark} {n} of the old city is open." for n in range(sentences))
 
 
@@ -306,6 +309,7 @@ class Watch:
         born: when each process that it ever had was started.
         took: seconds from each fault of a server to the next one that is ready.
         unasked: ends of servers that were no fault of ours.
+        suspects: tiers with a call that has lost its server once.
     """
 
     house: House
@@ -313,12 +317,14 @@ class Watch:
     born: dict[int, float] = attrs.field(factory=dict, init=False)
     took: list[float] = attrs.field(factory=list, init=False)
     unasked: list[str] = attrs.field(factory=list, init=False)
+    suspects: set[str] = attrs.field(factory=set, init=False)
     _pids: dict[str, int] = attrs.field(factory=dict, init=False)
     _hit: dict[str, tuple[float, int]] = attrs.field(factory=dict, init=False)
 
     def look(self) -> None:
         """See what has become of it."""
         status = self.house.status()
+        self.suspects = {call["tier"] for call in status["calls"] if call["resent"]}
         for call in (*status["calls"], *status["last"]):
             if call["resent"]:
                 self.resent[call["id"]] = call["resent"]
@@ -341,15 +347,13 @@ class Watch:
                 self.took.append(time.monotonic() - at)
                 del self._hit[name]
 
-    def pid(self, name: str) -> int | None:
-        """The process of a tier, if there is one to hit."""
-        pid = self._pids.get(name)
-        return pid if pid is not None and psutil.pid_exists(pid) else None
+    def can_be_hit(self, name: str) -> int | None:
+        """The process of a tier, unless it is in trouble still, or has done enough harm."""
+        return None if name in self._hit or name in self.suspects else self._pids.get(name)
 
     def hits(self, name: str, pid: int) -> None:
         """The server of a tier is about to be in trouble."""
-        at, _ = self._hit.get(name, (time.monotonic(), 0))
-        self._hit[name] = at, pid
+        self._hit[name] = time.monotonic(), pid
 
     @property
     def is_whole(self) -> bool:
@@ -399,7 +403,9 @@ class Soak:
     faults: Counter[str] = attrs.field(factory=Counter, init=False)
     sizes: list[Size] = attrs.field(factory=list, init=False)
     busy: dict[str, int] = attrs.field(factory=dict, init=False)
+    spared: int = attrs.field(default=0, init=False)
     unended: int = attrs.field(default=0, init=False)
+    _again: set[int] = attrs.field(factory=set, init=False)
     _over: Event = attrs.field(factory=Event, init=False)
     _lock: Lock = attrs.field(factory=Lock, init=False)
 
@@ -434,7 +440,9 @@ class Soak:
             self._over.wait(person.dice.uniform(0, 1.5))
 
     def _ask(self, person: Person, call: Call) -> Ended:
-        ended = ask(self.house.gateway.port, person.headers, call)
+        again = partial(self._again.add, person.number)
+        ended = ask(self.house.gateway.port, person.headers, call, again)
+        self._again.discard(person.number)
         if ended.outcome is Outcome.LOST:
             print(f"LOST after {ended.seconds:.1f} s: {call.kind}: {ended.why}", flush=True)
             print(f"  sent again because: {'; '.join(ended.again) or 'never'}", flush=True)
@@ -463,7 +471,10 @@ class Soak:
             "HUP, another route and bound": self.house.reload,
         }
         for name in TIERS:
-            if (pid := self.watch.pid(name)) is not None:
+            pid = None if self._again else self.watch.can_be_hit(name)
+            if pid is None:
+                self.spared += 1
+            else:
                 for number in (signal.SIGKILL, signal.SIGSTOP):
                     faults[f"{number.name[3:]} {name}"] = partial(self._signal, name, pid, number)
                 faults[f"HUP, another command of {name}"] = partial(self._renew, name, pid)
