@@ -3,8 +3,8 @@ The calls during which one server went away.
 
 A call that was sent twice and both times lost its server is likely to be the reason: it is refused
 from then on, for an hour, so that it does not take the others with it.  One that lost its server
-once is a suspect, and suspects go one at a time: who was only beside the one that did it will not
-be beside it again.
+once is a suspect, until it is answered, and suspects go one at a time: who was only beside the one
+that did it will not be beside it again.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ class Deaths:
             else:
                 async with self._alone:
                     await asking()
+                self._suspects.pop(ticket.key(), None)
         except Lost:
             suspect = self._blame(ticket)
             if suspect.deaths >= _TOO_MANY:

@@ -124,6 +124,20 @@ def test_poison_is_forgotten_after_an_hour() -> None:
     assert len(house.main.held) == 3
 
 
+def test_an_answer_acquits_a_call() -> None:
+    """Asked again later, it may lose its server once more: it is no poison."""
+    house = Household.built()
+    for number in (0, 2):
+        browser = house.ask(turn("innocent"))
+        die(house, house.main.held[number])
+        come_back(house)
+        house.main.held[number + 1].answer()
+        house.settle()
+        assert browser.status == 200
+        house.wait(10)
+    assert house.api.dispatch.status()["tiers"]["main"]["refused"] == []
+
+
 def test_who_was_beside_a_poison_is_not_blamed_for_it() -> None:
     """Suspects go one at a time: the innocent one is answered, the other one refused."""
     house = Household.built(main=FakeLlama(slots=2))
