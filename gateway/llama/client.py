@@ -225,7 +225,7 @@ class _Reading(Protocol):
         if reason.check(ResponseDone, PotentialDataLoss):
             done.callback(None)
         else:
-            done.errback(Failure(Lost(reason.getErrorMessage())))
+            done.errback(Failure(Lost(_in_words(reason.value))))
 
 
 @attrs.frozen(eq=False)
@@ -513,9 +513,9 @@ class LlamaClient:
         ) as error:
             if any(reason.check(CancelledError) for reason in error.reasons):
                 raise self._cancelled(awaited) from None
-            raise Lost(str(error)) from None
+            raise Lost(_in_words(error)) from None
         except ConnectionClosed as error:
-            raise Lost(str(error)) from None
+            raise Lost(_in_words(error)) from None
         finally:
             self._awaited.discard(awaited)
         return Answer(response, self._read)
@@ -536,6 +536,12 @@ class LlamaClient:
 
     def _gone(self) -> ApiError:
         return unavailable(f"No model server answers at {self.url} (tier {self.tier!r}).")
+
+
+def _in_words(error: object) -> str:
+    """Why a connection broke: of several reasons the first, which the others follow from."""
+    reasons = getattr(error, "reasons", None)
+    return str(reasons[0].value if reasons else error)
 
 
 @cache

@@ -66,6 +66,29 @@ def test_a_server_that_does_not_answer_is_down() -> None:
     assert scene.said == [Health.DOWN]
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_the_loss_of_a_server_is_told_in_words(*, begun: bool) -> None:
+    """The log shows them to people, who need no list of Python's objects."""
+    server = FakeLlama()
+    agent = RequestTraversalAgent(server)
+    client = LlamaClient.over(Clock(), "main", "http://main", None, HTTPClient(agent))
+
+    async def ask() -> None:
+        answer = await client.messages({})
+        await answer.stream(lambda _: None)
+
+    said: list[Any] = []
+    Deferred.fromCoroutine(ask()).addErrback(said.append)
+    agent.flush()
+    if begun:
+        server.held[0].begin()
+        agent.flush()
+    server.held[0].die()
+    agent.flush()
+    assert said[0].check(Lost)
+    assert said[0].getErrorMessage().startswith("Connection was closed cleanly")
+
+
 def test_a_question_that_is_not_wanted_any_more_is_cancelled() -> None:
     """Nothing is left on the clock, and no health is made up."""
     scene = Scene()
