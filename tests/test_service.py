@@ -15,8 +15,9 @@ from twisted.logger import LogEvent, LogLevel, formatEvent
 
 from gateway.config import load
 from gateway.llama.child import Health, State
-from gateway.llama.client import LlamaClient
+from gateway.llama.client import LlamaClient, Props
 from gateway.policy.calls import KINDS
+from gateway.policy.template import Template
 from gateway.service import House
 from gateway.tier.line import Permit, Ticket
 from gateway.wire.errors import ApiError
@@ -133,7 +134,11 @@ def estate(
         runs = any(client.tier in each.words for each in estate.reactor.alive())
         return Health.READY if runs else Health.DOWN
 
+    async def props(_: LlamaClient) -> Props:
+        return Props(4096, 1, "fake", "b1", Template())
+
     monkeypatch.setattr(LlamaClient, "health", health)
+    monkeypatch.setattr(LlamaClient, "props", props)
     (tmp_path / "slots").mkdir()
     yield estate
     if estate.house.running:
