@@ -30,6 +30,9 @@ _WAITING: Final = 20
 #: Characters of a text; names come from outside.
 _LONGEST: Final = 60
 
+#: Characters of a remark.
+_LONGEST_LINE: Final = 300
+
 #: Columns of a bar.
 _BAR: Final = 12
 
@@ -69,14 +72,17 @@ def _nothing(why: str) -> Text:
 # --- the tables -----------------------------------------------------------------------------------
 
 
-def _tiers(tiers: Mapping[str, Json]) -> Table:
+def _tiers(tiers: Mapping[str, Json]) -> RenderableType:
     table = _table("tier", "state", "model", "=window", "=busy", "=in line", "=prefill", "=answer")
+    remarks: list[RenderableType] = []
     for name, about in tiers.items():
         tier = _mapping(about)
         server, pace = _mapping(tier.get("server")), _mapping(tier.get("pace"))
+        process = _mapping(tier.get("process"))
+        remarks += _remarks(_word(name), tier, process)
         table.add_row(
             _text(name),
-            _text(tier.get("state", "up" if server else "not known yet")),
+            _text(process.get("state", "up" if server else "not known yet")),
             _text(_word(server.get("alias")).rpartition("/")[2]),
             _text(_count(server.get("n_ctx"))),
             _text(_busy(tier)),
@@ -84,7 +90,19 @@ def _tiers(tiers: Mapping[str, Json]) -> Table:
             _text(_speed(pace.get("prefill"))),
             _text(_speed(pace.get("generation"))),
         )
-    return table
+    return Group(table, *remarks) if remarks else table
+
+
+def _remarks(
+    name: str, tier: Mapping[str, Json], process: Mapping[str, Json]
+) -> list[RenderableType]:
+    """What is out of order with a tier."""
+    said = []
+    if process.get("state") not in (None, "ready") and process.get("reason"):
+        lasts = _duration(process.get("for"))
+        said.append(f"{name} is {_word(process.get('state'))} for {lasts}: {process['reason']}")
+    said += [f"{name} refuses {_word(call)} for an hour" for call in _list(tier.get("refused"))]
+    return [Text(_line(words), "yellow") for words in said]
 
 
 def _busy(tier: Mapping[str, Json]) -> str:
@@ -194,7 +212,11 @@ def _list(value: Json) -> Sequence[Json]:
 def _word(value: Json) -> str:
     """A text, on one line and without what would steer a terminal."""
     known = value if isinstance(value, str) else ""
-    return "".join(each if each.isprintable() else "?" for each in known[:_LONGEST])
+    return _line(known[:_LONGEST])
+
+
+def _line(text: str) -> str:
+    return "".join(each if each.isprintable() else "?" for each in text[:_LONGEST_LINE])
 
 
 def _number(value: Json) -> float | None:

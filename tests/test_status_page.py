@@ -169,9 +169,16 @@ def test_only_the_latest_calls_are_shown() -> None:
     ]
 
 
-def test_a_tier_says_its_state_itself() -> None:
-    """Where the gateway tells a state, that is shown."""
-    assert rows({"tiers": {"main": {**MAIN, "state": "loading"}}}, "Tiers")[0][1] == "loading"
+def test_a_server_of_ours_says_its_state() -> None:
+    """Its state stands in the table, and below why it is not ready and which calls are refused."""
+    process = {"state": "backoff", "for": 12.0, "reason": "it was ended by SIGKILL"}
+    main = {**MAIN, "process": process, "refused": ["req_7"]}
+    assert rows({"tiers": {"main": main}}, "Tiers")[0][1] == "backoff"
+    said = drawn({"tiers": {"main": main}})
+    assert "main is backoff for 12 s: it was ended by SIGKILL" in said
+    assert "main refuses req_7 for an hour" in said
+    ready = {**MAIN, "process": {"state": "ready", "for": 1, "reason": "it was stuck"}}
+    assert "stuck" not in drawn({"tiers": {"main": ready}})
 
 
 @pytest.mark.parametrize(
