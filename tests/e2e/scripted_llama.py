@@ -71,6 +71,8 @@ class ScriptedLlama:
         script: decides what is answered.
         n_ctx: tokens that the slot holds.
         prefill: seconds that every prompt takes.
+        pace: seconds that every token takes.
+        port: where it listens; 0 is a free one.
         asked: every body of ``/v1/messages`` and ``/completion``, in the order in which the slot
             took them.
         most_at_once: completions that were ever open at once, those that wait for the slot too.
@@ -79,10 +81,11 @@ class ScriptedLlama:
     script: Script
     n_ctx: int = 65536
     prefill: float = 0.0
+    pace: float = 0.0
+    port: int = 0
     asked: list[Json] = attrs.field(factory=list, init=False)
     most_at_once: int = attrs.field(default=0, init=False)
     processing: bool = attrs.field(default=False, init=False)
-    port: int = attrs.field(default=0, init=False)
     _open: int = attrs.field(default=0, init=False)
     _count: Lock = attrs.field(factory=Lock, init=False)
     _slot: Lock = attrs.field(factory=Lock, init=False)
@@ -93,12 +96,12 @@ class ScriptedLlama:
 
     @contextmanager
     def serving(self) -> Iterator[ScriptedLlama]:
-        """Listen on a free port of 127.0.0.1."""
+        """Listen on its port of 127.0.0.1."""
 
         class Ours(_Door):
             llama = self
 
-        with _Server(("127.0.0.1", 0), Ours) as server:
+        with _Server(("127.0.0.1", self.port), Ours) as server:
             self.port = int(server.server_address[1])
             listening = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
             listening.start()
@@ -230,6 +233,7 @@ class _Door(BaseHTTPRequestHandler):
         time.sleep(self.llama.prefill)
         for event in events(self.llama.script(body), size):
             self._event(event)
+            time.sleep(self.llama.pace)
         self._chunk(b"")
 
     def _event(self, event: Json) -> None:

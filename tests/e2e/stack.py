@@ -114,24 +114,46 @@ def start_server(folder: Path, name: str, *flags: str) -> Running:
 
 
 def start_gateway(folder: Path, tiers: Mapping[str, Mapping[str, Any]], more: str = "") -> Running:
+    """A real gateway with a new configuration (see `configure`), listening."""
+    port = free_port()
+    configure(folder, port, tiers, more)
+    return run_gateway(folder, port)
+
+
+def configure(
+    folder: Path, port: int, tiers: Mapping[str, Mapping[str, Any]], more: str = ""
+) -> None:
     """
-    A real gateway, listening.
+    Write the configuration of a gateway.
 
     Args:
         folder: for its state, log and configuration.
-        tiers: for each tier its keys.
+        port: where it listens.
+        tiers: for each tier its keys; those of its server as a mapping.
         more: further TOML, such as routes or keys of ``[gateway]`` after the standard ones.
     """
-    port = free_port()
     lines = [f'[gateway]\nlisten = "tcp:{port}:interface=127.0.0.1"', f'state_dir = "{folder}"']
     gateway_keys, _, tables = more.partition("\n\n")
     lines.append(gateway_keys)
     for name, keys in tiers.items():
-        lines.append(f"[tier.{name}]")
-        lines += [f"{key} = {orjson.dumps(value).decode()}" for key, value in keys.items()]
+        lines += [f"[tier.{name}]", *_toml(keys)]
+        if "server" in keys:
+            lines += [f"[tier.{name}.server]", *_toml(keys["server"])]
     lines.append(tables)
+    (folder / "gw.toml").write_text("\n".join(lines))
+
+
+def _toml(keys: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{key} = {orjson.dumps(value).decode()}"
+        for key, value in keys.items()
+        if not isinstance(value, Mapping)
+    ]
+
+
+def run_gateway(folder: Path, port: int) -> Running:
+    """A real gateway, listening on `port`, as the configuration in `folder` must say."""
     config = folder / "gw.toml"
-    config.write_text("\n".join(lines))
     command = [str(TWISTD), "-n", "--pidfile=", "claudegw", "--config", str(config)]
     gateway = start(command, port, folder / "gateway.log")
     gateway.wait("/healthz")
