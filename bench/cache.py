@@ -245,22 +245,12 @@ def until_healthy(port: int) -> None:
 
 def is_healthy(port: int) -> bool:
     """Whether the server at `port` is there."""
+    connection = HTTPConnection("127.0.0.1", port, timeout=10)
     try:
-        return exchange(port, "GET", "/health", None, {}, 10)[0] == 200
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
     except (OSError, HTTPException):
         return False
-
-
-def exchange(
-    port: int, method: str, path: str, body: Json, headers: Mapping[str, str], patience: float
-) -> tuple[int, bytes]:
-    """Status and body of one request."""
-    connection = HTTPConnection("127.0.0.1", port, timeout=patience)
-    try:
-        data = None if body is None else orjson.dumps(body)
-        connection.request(method, path, data, dict(headers))
-        answer = connection.getresponse()
-        return answer.status, answer.read()
     finally:
         connection.close()
 
@@ -307,12 +297,22 @@ def measure(way: str, house: House, calls: Calls, idle: float) -> None:
 
 def ask(door: Running, call: Call) -> tuple[int, int, float]:
     """Tokens of the prompt, those that were evaluated, and the seconds to the first token."""
-    body = {**call.body, "max_tokens": 1, "stream": False}
+    body = orjson.dumps({**call.body, "max_tokens": 1, "stream": True})
+    usage: dict[str, Json] = {}
+    connection = HTTPConnection("127.0.0.1", door.port, timeout=PREFILL)
     began = time.monotonic()
-    status, raw = exchange(door.port, "POST", "/v1/messages", body, call.headers, PREFILL)
-    seconds = time.monotonic() - began
-    assert status == 200, raw
-    usage = orjson.loads(raw)["usage"]
+    try:
+        connection.request("POST", "/v1/messages", body, dict(call.headers))
+        answer = connection.getresponse()
+        assert answer.status == 200, answer.read()
+        for line in answer:  # pings of a gateway come before the first token too
+            if line.startswith(b"data: "):
+                event = orjson.loads(line.removeprefix(b"data: "))
+                assert event["type"] != "error", event
+                usage |= event.get("usage") or event.get("message", {}).get("usage") or {}
+        seconds = time.monotonic() - began
+    finally:
+        connection.close()
     cached = usage.get("cache_read_input_tokens") or 0
     return usage["input_tokens"] + cached, usage["input_tokens"], seconds
 
