@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -189,8 +188,8 @@ def with_gateway(folder: Path, model: Path) -> Iterator[House]:
         return gateway
 
     def restart_server() -> None:
-        for pid in children(house.door.process.pid):
-            os.kill(pid, signal.SIGKILL)
+        _, status = house.door.ask("/status")
+        os.kill(status["tiers"]["main"]["process"]["pid"], signal.SIGKILL)
         time.sleep(1)
         until_healthy(port)
 
@@ -225,15 +224,6 @@ def directly(folder: Path, model: Path) -> Iterator[House]:
 
 
 WAYS: Final = {"gateway": with_gateway, "direct": directly}
-
-
-def children(pid: int) -> list[int]:
-    """The processes that a process has started."""
-    said = subprocess.run(
-        ["ps", "-A", "-o", "pid=,ppid="], check=True, capture_output=True, text=True
-    )
-    pairs = (line.split() for line in said.stdout.splitlines())
-    return [int(child) for child, parent in pairs if int(parent) == pid]
 
 
 def until_healthy(port: int) -> None:
