@@ -41,7 +41,7 @@ class Caller:
         port: of the gateway.
         body: what is asked for; streamed if it says so.
         saw: what came of each try so far.
-        headers: those of the last status that came, names in lower case.
+        heads: the headers that came with each try, names in lower case.
         text: what the last try said.
         spoke: set once content has come.
         is_lost: the client gave up.
@@ -50,7 +50,7 @@ class Caller:
     port: int
     body: Mapping[str, Json]
     saw: list[str] = attrs.field(factory=list, init=False)
-    headers: dict[str, str] = attrs.field(factory=dict, init=False)
+    heads: list[dict[str, str]] = attrs.field(factory=list, init=False)
     text: str = attrs.field(default="", init=False)
     spoke: Event = attrs.field(factory=Event, init=False)
     is_lost: bool = attrs.field(default=False, init=False)
@@ -65,6 +65,11 @@ class Caller:
         self._calling = Thread(target=self._call, daemon=True)
         self._calling.start()
         return self
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Those of the last try."""
+        return self.heads[-1]
 
     def over(self, seconds: float = 120) -> Caller:
         """Wait until it is answered, or given up."""
@@ -95,13 +100,14 @@ class Caller:
         self.is_lost = True
 
     def _try(self) -> str:
-        self.text, self.headers = "", {}
+        self.text = ""
+        self.heads.append({})
         connection = self._connection = HTTPConnection("127.0.0.1", self.port, timeout=300)
         try:
             raw = orjson.dumps(self.body)
             connection.request("POST", "/v1/messages", raw, {"content-type": "application/json"})
             answer = connection.getresponse()
-            self.headers = {name.lower(): value for name, value in answer.getheaders()}
+            self.heads[-1] = {name.lower(): value for name, value in answer.getheaders()}
             if answer.status != 200:
                 answer.read()
                 return str(answer.status)

@@ -24,6 +24,8 @@ POISON: Final = "hemlock"
 def script(body: Any) -> Sequence[Block]:
     if POISON in rendered(body):
         os.abort()
+    if "[SUGGESTION MODE" in rendered({"messages": body["messages"][-1:]}):
+        return [Text("count the towers")]  # it would be seen, too
     return [Text(ANSWER)]
 
 

@@ -203,6 +203,7 @@ class Stand:
         body = {
             "model": "any",
             "max_tokens": tokens,
+            "temperature": 0,
             "stream": stream,
             "messages": [{"role": "user", "content": text}],
         }
