@@ -84,7 +84,7 @@ def stand(tmp_path: Path) -> Iterator[Stand]:
     with ScriptedLlama(
         lambda _: [Text("<filepaths>\n</filepaths>")], n_ctx=8192
     ).serving() as small:
-        tiers = {
+        tiers: dict[str, dict[str, Any]] = {
             "main": {"url": f"http://127.0.0.1:{port}", "server": {"command": command}},
             "small": {"url": small.url},
         }
