@@ -307,7 +307,7 @@ class Watch:
         house: the gateway.
         resent: the calls that it sent again by itself, and how often.
         born: when each process that it ever had was started.
-        took: seconds from each fault of a server to the next one that is ready.
+        took: seconds from each fault of a server to the next one that is ready, by the signal.
         unasked: ends of servers that were no fault of ours.
         suspects: tiers with a call that has lost its server once.
     """
@@ -315,11 +315,11 @@ class Watch:
     house: House
     resent: dict[str, int] = attrs.field(factory=dict, init=False)
     born: dict[int, float] = attrs.field(factory=dict, init=False)
-    took: list[float] = attrs.field(factory=list, init=False)
+    took: dict[str, list[float]] = attrs.field(factory=dict, init=False)
     unasked: list[str] = attrs.field(factory=list, init=False)
     suspects: set[str] = attrs.field(factory=set, init=False)
     _pids: dict[str, int] = attrs.field(factory=dict, init=False)
-    _hit: dict[str, tuple[float, int]] = attrs.field(factory=dict, init=False)
+    _hit: dict[str, tuple[float, int, str]] = attrs.field(factory=dict, init=False)
 
     def look(self) -> None:
         """See what has become of it."""
@@ -342,18 +342,18 @@ class Watch:
             if before is not None and name not in self._hit:
                 self.unasked.append(f"{name}: {process['reason']}")
         if name in self._hit and process["state"] == "ready":
-            at, hit = self._hit[name]
+            at, hit, by = self._hit[name]
             if pid != hit:
-                self.took.append(time.monotonic() - at)
+                self.took.setdefault(by, []).append(time.monotonic() - at)
                 del self._hit[name]
 
     def can_be_hit(self, name: str) -> int | None:
         """The process of a tier, unless it is in trouble still, or has done enough harm."""
         return None if name in self._hit or name in self.suspects else self._pids.get(name)
 
-    def hits(self, name: str, pid: int) -> None:
+    def hits(self, name: str, pid: int, by: str) -> None:
         """The server of a tier is about to be in trouble."""
-        self._hit[name] = time.monotonic(), pid
+        self._hit[name] = time.monotonic(), pid, by
 
     @property
     def is_whole(self) -> bool:
@@ -476,19 +476,20 @@ class Soak:
                 self.spared += 1
             else:
                 for number in (signal.SIGKILL, signal.SIGSTOP):
-                    faults[f"{number.name[3:]} {name}"] = partial(self._signal, name, pid, number)
+                    hit = partial(self._signal, name, pid, number)
+                    faults[f"{number.name.removeprefix('SIG')} {name}"] = hit
                 faults[f"HUP, another command of {name}"] = partial(self._renew, name, pid)
         which = self.dice.choice(sorted(faults))
         self.faults[which] += 1
         faults[which]()
 
     def _signal(self, name: str, pid: int, number: signal.Signals) -> None:
-        self.watch.hits(name, pid)
+        self.watch.hits(name, pid, number.name.removeprefix("SIG"))
         with suppress(ProcessLookupError):
             os.kill(pid, number)
 
     def _renew(self, name: str, pid: int) -> None:
-        self.watch.hits(name, pid)
+        self.watch.hits(name, pid, "HUP")
         self.house.reload(name)
 
     def _wait_for(self, threads: list[Thread]) -> None:
@@ -510,23 +511,18 @@ class Soak:
         cries = re.findall(r"Traceback|Unhandled|\[[\w.#]+#critical\]", log)
         left = self.watch.left()
         lost = outcomes[Outcome.LOST] + self.unended
-        took = sorted(self.watch.took) or [0.0]
-        waits = sorted(each.seconds for each in self.ended if each.outcome is Outcome.RIGHT) or [
-            0.0
-        ]
+        waits = [each.seconds for each in self.ended if each.outcome is Outcome.RIGHT]
         show("calls", f"{len(self.ended)}: {_counts(each.call.kind for each in self.ended)}")
         for outcome in Outcome:
             show(f"  {outcome.value}", str(outcomes[outcome]))
         show("  not ended", str(self.unended))
-        show("seconds to an answer", f"p50 {statistics.median(waits):.1f}, max {waits[-1]:.1f}")
+        show("seconds to an answer", _middle_and_most(waits))
         show("sent again by clients", f"{len(again)}: {_counts(again)}")
         resent = self.watch.resent.values()
         show("sent again beneath", f"{sum(resent)}, for {len(resent)} calls")
         show("faults", f"{self.faults.total()}: {_counts(self.faults.elements())}")
-        show(
-            "seconds to a server that is ready",
-            f"p50 {statistics.median(took):.1f}, max {took[-1]:.1f}",
-        )
+        for by, took in sorted(self.watch.took.items()):
+            show(f"seconds from {by} to a server that is ready", _middle_and_most(took))
         show("faults that are not over", str(0 if self.watch.is_whole else "some"))
         show(
             "ends of servers for no fault of ours",
@@ -549,6 +545,10 @@ class Soak:
 
 def _counts(kinds: Iterable[str]) -> str:
     return ", ".join(f"{kind} {many}" for kind, many in sorted(Counter(kinds).items()))
+
+
+def _middle_and_most(figures: list[float]) -> str:
+    return f"p50 {statistics.median(figures):.1f}, max {max(figures):.1f}" if figures else "none"
 
 
 def _in_short(why: str) -> str:
