@@ -15,10 +15,14 @@ misplaces nothing:
 7. A user's own words beside tool results come after them, in a turn of their own; llama-server
    would put them before.
 8. The opening turn goes from what changes least to what changes most: what ``system`` messages say
-   of the place, its agents and skills, then reminders, then those that change from session to
-   session, then the user's words.  So a second session in the same folder shares all but the end.
-9. Tools stand in an order that a later request only adds to (`gateway.policy.tools`), blocks are
-   said in one way (`gateway.policy.blocks`), and so are switches (`gateway.policy.template`).
+   of the place, its agents and skills, then the user's instructions, then other reminders, then
+   those that change from session to session, then the user's words.  So a second session in the
+   same folder shares all but the end.
+9. The state of the repository, with which older clients end the system prompt, is such a reminder:
+   newer ones send it as one.
+10. Tools stand in an order that a later request only adds to, and that begins alike for agents
+    (`gateway.policy.tools`); blocks are said in one way (`gateway.policy.blocks`), and so are
+    switches (`gateway.policy.template`).
 
 Each later request of a conversation only adds to the end (docs/prompt-cache.md).
 """
@@ -40,8 +44,13 @@ Json = Any
 _ATTRIBUTION: Final = "x-anthropic-billing-header:"
 _REMINDER: Final = "<system-reminder>"
 
-#: Marks of reminders that change with every commit or session (docs/protocol.md).
-_OF_THIS_SESSION: Final = ("gitStatus",)
+#: Marks a reminder that is the same for every session in a folder, before and after a summary.
+_OF_THIS_FOLDER: Final = "Codebase and user instructions"
+
+#: Marks a reminder that changes with every commit or session (docs/protocol.md), and begins what
+#: older clients say of it at the end of the system prompt.
+_OF_THIS_SESSION: Final = "gitStatus"
+_AT_THE_END: Final = "\n\ngitStatus: This is the git status"
 
 #: What llama-server's ``/v1/messages`` takes over from a body as it is (llama.cpp
 #: `tools/server/server-chat.cpp`).
@@ -94,7 +103,7 @@ def _messages(request: MessagesRequest, template: Template) -> tuple[list[str], 
         places = []
         while said and said[0][0] == "system":
             places.append(_reminder(_joined(said.popleft()[1])))
-        turns.append({"role": "user", "content": _opening(blocks, places)})
+        turns.append({"role": "user", "content": _opening(blocks, places, _taken_off(system))})
     for role, blocks in said:
         if role == "system":
             _remind(turns, _reminder(_joined(blocks)))
@@ -105,12 +114,21 @@ def _messages(request: MessagesRequest, template: Template) -> tuple[list[str], 
     return system, turns
 
 
-def _opening(blocks: list[Json], places: list[str]) -> list[Json]:
-    """The blocks of the first turn and what `places` say beside it, in the order of rule 8."""
-    reminders = [block for block in blocks if _is_reminder(block)]
+def _taken_off(system: list[str]) -> list[Json]:
+    """The state of the repository as a reminder, if `system` ended with it; it does no more."""
+    before, found, rest = system[-1].partition(_AT_THE_END) if system else ("", "", "")
+    if not found:
+        return []
+    system[-1] = before
+    return [_text(_reminder(f"{found}{rest}".lstrip()))]
+
+
+def _opening(blocks: list[Json], places: list[str], state: list[Json]) -> list[Json]:
+    """The blocks of the first turn, what `places` say beside it and the `state`: rules 8 and 9."""
+    reminders = [*(block for block in blocks if _is_reminder(block)), *state]
     if not reminders and not places:
         return blocks
-    reminders.sort(key=_is_of_this_session)
+    reminders.sort(key=_how_soon_it_changes)
     words = [block for block in blocks if not _is_reminder(block)]
     first, *others = [*map(_text, places), *reminders, *words]
     return [
@@ -160,10 +178,12 @@ def _is_reminder(block: Mapping[str, Json]) -> bool:
     return block["type"] == "text" and str(block["text"]).lstrip().startswith(_REMINDER)
 
 
-def _is_of_this_session(reminder: Json) -> bool:
-    """Whether a reminder says what the next session in the same folder will not say."""
+def _how_soon_it_changes(reminder: Json) -> int:
+    """Of a reminder in the opening turn, the later the sooner."""
     text: str = reminder["text"]
-    return any(mark in text for mark in _OF_THIS_SESSION)
+    if _OF_THIS_SESSION in text:
+        return 2
+    return 0 if _OF_THIS_FOLDER in text else 1
 
 
 def _joined(blocks: Sequence[Json]) -> str:

@@ -1,7 +1,9 @@
 """
 The tools that a model is offered.
 
-1. They stand in the order of their names: today's client puts a new one anywhere.
+1. First stand those that Claude Code gives its agents too, then all others, each in an order of
+   their own: the client puts a new one anywhere, and the tools of an agent are the main
+   conversation's without some.  So both begin with the same tools.
 2. Tools that were loaded late (``defer_loading``) stand after all others, in the order in which the
    conversation loaded them, so that a further one only adds to the end.  The placeholder that the
    client sends for them is dropped.
@@ -27,6 +29,22 @@ Json = Any
 
 #: What Claude Code offers in place of the tools that are still to be loaded.
 _PLACEHOLDER: Final = "DeferredToolPlaceholder"
+
+#: What agents of Claude Code are given, from what each of them has to what the fewest have (2.1.36
+#: to 2.1.331: those that only search, then those that do anything).  Those of the web come last
+#: among what all have: their words change with the month, and with whether tools are loaded late.
+_OF_AGENTS: Final = {
+    name: place
+    for place, name in enumerate(
+        (
+            *("Bash", "Read", "Glob", "Grep", "Skill"),
+            *("TaskCreate", "TaskGet", "TaskList", "TaskUpdate"),
+            *("EnterWorktree", "ExitWorktree", "Monitor", "SendMessage"),
+            *("WebFetch", "WebSearch"),
+            *("Edit", "NotebookEdit", "Write", "Agent", "TaskStop"),
+        )
+    )
+}
 
 _TEXT: Final = {"type": "string"}
 _NUMBER: Final = {"type": "integer"}
@@ -114,10 +132,11 @@ def takes_one_call(request: MessagesRequest) -> bool:
 def _usable(request: MessagesRequest) -> Iterator[Json]:
     loaded = {name: place for place, name in enumerate(_loaded(request))}
 
-    def place(tool: Mapping[str, Json]) -> tuple[int, str]:
-        if not tool.get("defer_loading"):
-            return -1, tool["name"]
-        return loaded.get(tool["name"], len(loaded)), tool["name"]
+    def place(tool: Mapping[str, Json]) -> tuple[int, int, str]:
+        name = tool["name"]
+        if tool.get("defer_loading"):
+            return 1, loaded.get(name, len(loaded)), name
+        return 0, _OF_AGENTS.get(name, len(_OF_AGENTS)), name
 
     for tool in sorted(request.tools, key=place):
         if tool["name"] == _PLACEHOLDER:

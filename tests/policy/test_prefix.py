@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -238,6 +239,14 @@ def test_8_the_opening_turn_goes_from_what_lasts_to_what_changes() -> None:
     )
 
 
+def test_8_the_users_instructions_come_before_other_reminders() -> None:
+    """Sessions in one folder share them, and so does what follows a summary."""
+    told = "<system-reminder>\nCodebase and user instructions are shown below.\n</system-reminder>"
+    git = "<system-reminder>\ngitStatus: clean\n</system-reminder>"
+    (opening,) = conversation(user(text(REMINDER), text(git), text(told), text("x")))
+    assert opening == user(text(told), text(f"\n\n{REMINDER}"), text(f"\n\n{git}"), text("\n\nx"))
+
+
 def test_8_two_sessions_in_one_folder_part_at_the_users_words() -> None:
     """All that both sessions are told about the place comes before the first difference."""
     first, second = (
@@ -261,6 +270,98 @@ def test_8_an_opening_turn_of_results_is_no_opening() -> None:
     (message,) = found
     assert len(message["content"]) == 1
     assert len(message["content"][0]["content"]) == 3
+
+
+GIT = "gitStatus: This is the git status at the start of the conversation.\n{}\n\nCommits: a"
+
+
+def opened(*blocks: str, messages: Sequence[Json] = (user(text("x")),)) -> tuple[Json, list[Json]]:
+    """The system prompt of these blocks, and the conversation after it."""
+    body = prepared(system=[text(block) for block in blocks], messages=list(messages))
+    return body["system"], body["messages"]
+
+
+def test_9_the_state_at_the_end_of_the_system_prompt_is_a_reminder_of_the_session() -> None:
+    """It stands where newer clients say it: after the other reminders, before the user's words."""
+    state = f"<system-reminder>\n{GIT.format('clean')}\n</system-reminder>"
+    said = user(text("x"), text(REMINDER))
+    assert opened("a", f"b\n\n{GIT.format('clean')}", messages=[said]) == (
+        "a\n\nb",
+        [user(text(REMINDER), text(f"\n\n{state}"), text("\n\nx"))],
+    )
+    assert opened(f"b\n\n{GIT.format('clean')}") == (
+        "b",
+        [user(text(state), text("\n\nx"))],
+    )
+
+
+def test_9_a_commit_leaves_the_system_prompt_as_it_was() -> None:
+    """Two sessions of an older client share all that comes before the state."""
+    (first, one), (second, other) = (
+        opened(f"a\n\n{GIT.format(state)}", messages=[user(text(REMINDER), text("x"))])
+        for state in ("clean", "M gates.txt")
+    )
+    assert first == second
+    assert one[0]["content"][0] == other[0]["content"][0]
+    assert one != other
+
+
+def test_9_only_the_end_of_the_last_block_is_taken() -> None:
+    """What another client says of a state stays where it is, and so does one without an opening."""
+    for blocks in ((GIT,), (f"a\n\n{GIT}", "b"), ("a\n\ngitStatus: mine",)):
+        assert opened(*blocks) == ("\n\n".join(blocks), [user(text("x"))])
+    results = [user(result(text("1")))]
+    assert opened(f"a\n\n{GIT}", messages=results) == (f"a\n\n{GIT}", results)
+
+
+# --- rule 10: tools ---------------------------------------------------------------------------
+
+
+def in_order(*names: str, late: Sequence[str] = ()) -> list[str]:
+    """The names of these tools, prepared."""
+    schema = {"input_schema": {"type": "object"}}
+    offered = [{"name": name, **schema} for name in names]
+    offered += [{"name": name, "defer_loading": True, **schema} for name in late]
+    return [tool["name"] for tool in prepared(tools=offered)["tools"]]
+
+
+#: What two clients give every agent, also those that do anything, and only the main conversation.
+#: The newest gives TaskStop to every agent; it is the last of those that do anything.
+KITS = {
+    "newest": (
+        "Bash EnterWorktree ExitWorktree Monitor Read SendMessage Skill WebFetch WebSearch",
+        "Agent Edit NotebookEdit TaskStop Write",
+        "AskUserQuestion CronCreate DesignSync EnterPlanMode ExitPlanMode ListAgents Workflow",
+    ),
+    "2.1.36": (
+        "Bash Glob Grep Read Skill TaskCreate TaskGet TaskList TaskUpdate WebFetch WebSearch",
+        "Edit NotebookEdit Write",
+        "AskUserQuestion EnterPlanMode ExitPlanMode Task TaskOutput TaskStop",
+    ),
+}
+
+
+@pytest.mark.parametrize("client", KITS)
+def test_10_an_agents_tools_are_the_beginning_of_the_main_conversations(client: str) -> None:
+    """What an agent has begins what has more, so nothing of its tools is evaluated again."""
+    of_all, of_doers, of_main = (kit.split() for kit in KITS[client])
+    searcher = in_order(*of_all)
+    doer = in_order(*sorted(of_all + of_doers))
+    main = in_order(*sorted(of_all + of_doers + of_main))
+    assert doer[: len(searcher)] == searcher
+    assert main[: len(doer)] == doer
+
+
+def test_10_tools_that_we_do_not_know_come_after_those_that_we_know() -> None:
+    """In the order of their names; servers of tools may join and leave, and stand last."""
+    known = ["Bash", "Read", "Edit"]
+    others = ["AskUserQuestion", "ToolSearch", "mcp__a__b", "mcp__b__a"]
+    assert in_order(*reversed(others), *reversed(known)) == known + others
+
+
+def test_10_a_tool_that_was_loaded_late_is_the_last_whatever_it_is() -> None:
+    """What an agent has too would otherwise move all that stands behind it."""
+    assert in_order("Zoom", "Read", late=["Bash"]) == ["Read", "Zoom", "Bash"]
 
 
 # --- what else is in the body -----------------------------------------------------------------
