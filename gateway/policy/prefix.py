@@ -18,8 +18,9 @@ misplaces nothing:
    of the place, its agents and skills, then the user's instructions, then other reminders, then
    those that change from session to session, then the user's words.  So a second session in the
    same folder shares all but the end.
-9. The state of the repository, with which older clients end the system prompt, is such a reminder:
-   newer ones send it as one.
+9. What the system prompt says of the folder and of the repository's state becomes such reminders:
+   there the next folder, or the next commit, would take along all that stands behind it, in many
+   templates the tools too.  Claude Code itself says it now here, now there.
 10. Tools stand in an order that a later request only adds to, and that begins alike for agents
     (`gateway.policy.tools`); blocks are said in one way (`gateway.policy.blocks`), and so are
     switches (`gateway.policy.template`).
@@ -29,6 +30,7 @@ Each later request of a conversation only adds to the end (docs/prompt-cache.md)
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -47,10 +49,19 @@ _REMINDER: Final = "<system-reminder>"
 #: Marks a reminder that is the same for every session in a folder, before and after a summary.
 _OF_THIS_FOLDER: Final = "Codebase and user instructions"
 
-#: Marks a reminder that changes with every commit or session (docs/protocol.md), and begins what
-#: older clients say of it at the end of the system prompt.
+#: Marks a reminder that changes with every commit or session (docs/protocol.md).
 _OF_THIS_SESSION: Final = "gitStatus"
-_AT_THE_END: Final = "\n\ngitStatus: This is the git status"
+
+#: Passages of Claude Code's system prompts that name a folder: its memory, and in older clients
+#: its environment.
+_FOLDERS: Final = re.compile(
+    r"^# (?:auto )?[Mm]emory\n\nYou have a persistent [^`\n]*`[^`\n]+`.*?(?=^# |\Z)"
+    r"|^Here is useful information about the environment[^\n]*\n<env>\n.*?^</env>(?:\n|\Z)",
+    re.MULTILINE | re.DOTALL,
+)
+
+#: How older clients end their system prompts.
+_STATE: Final = re.compile(r"^gitStatus: This is the git status.*", re.MULTILINE | re.DOTALL)
 
 #: What llama-server's ``/v1/messages`` takes over from a body as it is (llama.cpp
 #: `tools/server/server-chat.cpp`).
@@ -100,10 +111,11 @@ def _messages(request: MessagesRequest, template: Template) -> tuple[list[str], 
     turns: list[Json] = []
     if said[0][0] == "user" and not _results(said[0][1]):
         _, blocks = said.popleft()
-        places = []
+        places = _taken_out(system, _FOLDERS)
+        state = _taken_out(system, _STATE)
         while said and said[0][0] == "system":
             places.append(_reminder(_joined(said.popleft()[1])))
-        turns.append({"role": "user", "content": _opening(blocks, places, _taken_off(system))})
+        turns.append({"role": "user", "content": _opening(blocks, places, state)})
     for role, blocks in said:
         if role == "system":
             _remind(turns, _reminder(_joined(blocks)))
@@ -114,18 +126,18 @@ def _messages(request: MessagesRequest, template: Template) -> tuple[list[str], 
     return system, turns
 
 
-def _taken_off(system: list[str]) -> list[Json]:
-    """The state of the repository as a reminder, if `system` ended with it; it does no more."""
-    before, found, rest = system[-1].partition(_AT_THE_END) if system else ("", "", "")
-    if not found:
-        return []
-    system[-1] = before
-    return [_text(_reminder(f"{found}{rest}".lstrip()))]
+def _taken_out(system: list[str], passage: re.Pattern[str]) -> list[str]:
+    """What `passage` finds in these texts, as reminders; the texts do without it from now on."""
+    found = [each.strip() for text in system for each in passage.findall(text)]
+    if found:
+        rest = (passage.sub("", text).rstrip() for text in system)
+        system[:] = [text for text in rest if text]
+    return [_reminder(each) for each in found]
 
 
-def _opening(blocks: list[Json], places: list[str], state: list[Json]) -> list[Json]:
+def _opening(blocks: list[Json], places: list[str], state: list[str]) -> list[Json]:
     """The blocks of the first turn, what `places` say beside it and the `state`: rules 8 and 9."""
-    reminders = [*(block for block in blocks if _is_reminder(block)), *state]
+    reminders = [*(block for block in blocks if _is_reminder(block)), *map(_text, state)]
     if not reminders and not places:
         return blocks
     reminders.sort(key=_how_soon_it_changes)

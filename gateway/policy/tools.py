@@ -31,13 +31,14 @@ Json = Any
 _PLACEHOLDER: Final = "DeferredToolPlaceholder"
 
 #: What agents of Claude Code are given, from what each of them has to what the fewest have (2.1.36
-#: to 2.1.331: those that only search, then those that do anything).  Those of the web come last
-#: among what all have: their words change with the month, and with whether tools are loaded late.
+#: to 2.1.331: the summary of the older one, agents that only search, then those that do anything).
+#: Those of the web come last among what all have: their words change with the month, and with
+#: whether tools are loaded late.
 _OF_AGENTS: Final = {
     name: place
     for place, name in enumerate(
         (
-            *("Bash", "Read", "Glob", "Grep", "Skill"),
+            *("Read", "Bash", "Glob", "Grep", "Skill"),
             *("TaskCreate", "TaskGet", "TaskList", "TaskUpdate"),
             *("EnterWorktree", "ExitWorktree", "Monitor", "SendMessage"),
             *("WebFetch", "WebSearch"),

@@ -124,6 +124,10 @@ class Author:
             "Please load a tool": [
                 ToolUse("ToolSearch", {"query": "select:WebFetch", "max_results": 5})
             ],
+            "Please find the counter": [
+                ToolUse("ToolSearch", {"query": "select:mcp__walls__count", "max_results": 5})
+            ],
+            "Please count the walls": [ToolUse("mcp__walls__count", {})],
             "Please answer in a form": [ToolUse("StructuredOutput", {"gates": 7})],
         }
 
@@ -486,8 +490,12 @@ class Stage:
         changes = {"permissions": _ALLOWED, **plan.changes}
         client = Client.of(self.version, self.gateway, place, env, changes, self.certificate)
         furnish(client.folder)
-        self._author = Author(client.folder, self.url)
+        self.at_work_in(client)
         return client
+
+    def at_work_in(self, client: Client) -> None:
+        """What both models do from now on is done in the folder of `client`."""
+        self._author = Author(client.folder, self.url)
 
     def play(self, plan: Plan, client: Client) -> Iterator[tuple[Step, Sequence[Heard]]]:
         """Each step of `plan`, once it is over, with the calls that came of it."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,9 +17,11 @@ import attrs
 import pytest
 
 from tests import redacted
+from tests.e2e.audit import Audit, Renderer
 from tests.e2e.clients import VERSIONS
 from tests.e2e.recorder import Heard
 from tests.e2e.sessions import SESSION, Step, call_of, stage
+from tests.e2e.stack import GLM_ORDER
 from tests.redacted import Call
 
 Json = Any
@@ -143,6 +145,41 @@ def test_nothing_is_unrecognised(day: Day) -> None:
     others = [call.body["system"] for call in day.calls if kind(call) == "other"]
     assert all(redacted.marks(system) & OTHERS for system in others)
     assert bool(others) == (day.version == OLD)
+
+
+# --- what each prompt costs -----------------------------------------------------------------------
+
+#: Tokens that a prompt may evaluate again, by where it parts from all earlier ones; what is not
+#: named here goes on where another ended (docs/prompt-cache.md has the figures and the reasons).
+NAMED: Final = {"other tools": 3200, "another opening turn": 3600}
+
+#: Of them, those of TaskStop, which the newest client's agents that only search have too.
+TASK_STOP: Final = 250
+
+
+@pytest.fixture(scope="module")
+def renderer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Renderer]:
+    """A server with GLM's order that is asked for prompts and tokens."""
+    made = Renderer.of(tmp_path_factory.mktemp("renderer"), Path(GLM_ORDER[1]))
+    yield made
+    made.server.stop()
+
+
+@pytest.mark.server
+def test_no_prompt_is_evaluated_twice(day: Day, renderer: Renderer) -> None:
+    """All but what docs/prompt-cache.md names goes on from what the server holds."""
+    audit = Audit(renderer)
+    main = [call for call in day.calls if tier(call) == "main" and not call.is_count]
+    assert len(main) > 15
+    found = [(kind(call), audit.take(call.body, call.headers)) for call in main]
+    for what, each in found:
+        if each.again:
+            figures.info(
+                "%-7s %-10s %5d of %d: %s", day.version, what, each.again, each.prompt, each.cause
+            )
+        assert each.again <= NAMED.get(each.cause, 0), (what, each)
+        assert each.avoidable <= TASK_STOP, (what, each)
+    assert any(each.again for _, each in found)  # an agent's system prompt, at least
 
 
 # --- what each call looks like --------------------------------------------------------------------

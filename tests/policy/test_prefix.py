@@ -275,9 +275,10 @@ def test_8_an_opening_turn_of_results_is_no_opening() -> None:
 GIT = "gitStatus: This is the git status at the start of the conversation.\n{}\n\nCommits: a"
 
 
-def opened(*blocks: str, messages: Sequence[Json] = (user(text("x")),)) -> tuple[Json, list[Json]]:
+def opened(*blocks: str, messages: Sequence[Json] = ()) -> tuple[Json, list[Json]]:
     """The system prompt of these blocks, and the conversation after it."""
-    body = prepared(system=[text(block) for block in blocks], messages=list(messages))
+    said = list(messages) or [user(text("x"))]
+    body = prepared(system=[text(block) for block in blocks], messages=said)
     return body["system"], body["messages"]
 
 
@@ -306,12 +307,43 @@ def test_9_a_commit_leaves_the_system_prompt_as_it_was() -> None:
     assert one != other
 
 
-def test_9_only_the_end_of_the_last_block_is_taken() -> None:
-    """What another client says of a state stays where it is, and so does one without an opening."""
-    for blocks in ((GIT,), (f"a\n\n{GIT}", "b"), ("a\n\ngitStatus: mine",)):
-        assert opened(*blocks) == ("\n\n".join(blocks), [user(text("x"))])
+MEMORY = "# Memory\n\nYou have a persistent file-based memory at `{}`.\n\n```\nx\n```\n\nKeep it."
+ENV = "Here is useful information about the environment you are running in:\n<env>\n{}\n\n</env>"
+
+
+@pytest.mark.parametrize("passage", [MEMORY, ENV, MEMORY.replace("# M", "# auto m")])
+def test_9_what_the_system_prompt_says_of_a_folder_is_a_reminder(passage: str) -> None:
+    """It begins the opening turn; what stands before and behind it is the same in every folder."""
+    for folder in ("/home/a", "/srv/b"):
+        said = passage.format(folder)
+        found, messages = opened(f"a\n\n{said}\n# B\n\nb", messages=[user(text("x")), system("c")])
+        assert found == "a\n\n# B\n\nb"
+        first, second, words = (block["text"] for block in messages[0]["content"])
+        assert first == f"<system-reminder>\n{said}\n</system-reminder>"
+        assert "c" in second
+        assert words == "\n\nx"
+
+
+def test_9_a_passage_at_the_end_is_taken_too() -> None:
+    """What is left blank is no system prompt."""
+    said = f"<system-reminder>\n{ENV}\n</system-reminder>"
+    assert opened(f"a\n{ENV}") == ("a", [user(text(said), text("\n\nx"))])
+    assert "system" not in prepared(system=ENV)
+
+
+def test_9_other_words_stay_where_they_are() -> None:
+    """So does what another client says, and what has no opening turn to go to."""
+    others = (
+        "a\n\ngitStatus: mine",
+        "# Memory\n\nThere is none.",
+        "<env>\nx\n</env>",
+        "Say: # Memory\n\nYou have a persistent file-based memory at `/a`.",
+    )
+    for words in others:
+        assert opened(words) == (words, [user(text("x"))])
     results = [user(result(text("1")))]
-    assert opened(f"a\n\n{GIT}", messages=results) == (f"a\n\n{GIT}", results)
+    for said in (GIT, MEMORY, ENV):
+        assert opened(f"a\n\n{said}", messages=results) == (f"a\n\n{said}", results)
 
 
 # --- rule 10: tools ---------------------------------------------------------------------------
@@ -319,8 +351,8 @@ def test_9_only_the_end_of_the_last_block_is_taken() -> None:
 
 def in_order(*names: str, late: Sequence[str] = ()) -> list[str]:
     """The names of these tools, prepared."""
-    schema = {"input_schema": {"type": "object"}}
-    offered = [{"name": name, **schema} for name in names]
+    schema: Json = {"input_schema": {"type": "object"}}
+    offered: list[Json] = [{"name": name, **schema} for name in names]
     offered += [{"name": name, "defer_loading": True, **schema} for name in late]
     return [tool["name"] for tool in prepared(tools=offered)["tools"]]
 
@@ -354,7 +386,7 @@ def test_10_an_agents_tools_are_the_beginning_of_the_main_conversations(client: 
 
 def test_10_tools_that_we_do_not_know_come_after_those_that_we_know() -> None:
     """In the order of their names; servers of tools may join and leave, and stand last."""
-    known = ["Bash", "Read", "Edit"]
+    known = ["Read", "Bash", "Edit"]
     others = ["AskUserQuestion", "ToolSearch", "mcp__a__b", "mcp__b__a"]
     assert in_order(*reversed(others), *reversed(known)) == known + others
 
