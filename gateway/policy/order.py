@@ -2,7 +2,8 @@
 Who goes next.
 
 1. A call that has waited longer than the ageing bound goes before all others, the oldest first.
-2. A turn that a person waits for goes before a subagent's, and that before one in the background.
+2. The house itself, which needs a slot at rest for a moment, goes before a turn that a person waits
+   for, and that before a subagent's, and that before one in the background.
 3. Among equals, one of the conversation that a slot already holds goes first: ABAB becomes AABB,
    and its prompt is not evaluated anew.
 4. Among equals still, the one that came first.

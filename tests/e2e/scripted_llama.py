@@ -21,6 +21,8 @@ from typing import Any, ClassVar, Final
 import attrs
 import orjson
 
+from tests.schemas import Plain, Speaker
+
 Json = Any
 
 #: Characters of a prompt or an answer that pass for one token.
@@ -112,8 +114,8 @@ class ScriptedLlama:
                 listening.join()
 
     def completion(self, body: Json) -> Json:
-        """The answer to ``/completion``: what fits the schema that comes with the prompt."""
-        text = orjson.dumps(fitting(body["json_schema"])).decode()
+        """The answer to ``/completion``: what the grammar lets through that comes with it."""
+        text = Speaker(body["grammar"], Plain(), 0.02).say()
         size = tokens(body["prompt"])
         return {
             "content": text,
@@ -285,21 +287,6 @@ def events(blocks: Sequence[Block], prompt: int) -> Iterator[Json]:
     why = {"stop_reason": "tool_use" if calls else "end_turn", "stop_sequence": None}
     yield {"type": "message_delta", "delta": why, "usage": {"output_tokens": generated}}
     yield {"type": "message_stop"}
-
-
-def fitting(schema: Json) -> Json:
-    """A value that fits `schema`, as far as Claude Code's schemas go: objects of plain values."""
-    match schema.get("type"):
-        case "object":
-            wanted = schema.get("required", ())
-            return {name: fitting(schema["properties"][name]) for name in wanted}
-        case "array":
-            return []
-        case "boolean":
-            return True
-        case "integer" | "number":
-            return schema.get("minimum", 0)
-    return schema["enum"][0] if "enum" in schema else "Seven gates"[: schema.get("maxLength")]
 
 
 def _said(block: Block) -> tuple[Json, list[Json]]:

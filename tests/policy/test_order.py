@@ -38,10 +38,11 @@ def test_1_who_has_waited_too_long_goes_first() -> None:
     assert goes(turn, old, held=("a",), now=130) == 0
 
 
-def test_2_a_person_goes_before_a_subagent_before_the_background() -> None:
+def test_2_the_house_goes_before_a_person_before_a_subagent_before_the_background() -> None:
     """However late they came."""
     line = [Somebody(rank, arrived=n) for n, rank in enumerate(reversed(Rank))]
-    assert goes(*line) == 2
+    assert goes(*line) == 3
+    assert goes(*line[:3]) == 2
     assert goes(*line[:2]) == 1
 
 
