@@ -181,19 +181,21 @@ async def from_model(
                 teller.tell(told)
 
         await answer.stream(receive, teller.meet)
-        under_way.finished()
+        try:
+            if repair.usage.input is None:
+                # llama-server forgot its message_start, the only place where it says this.
+                with suppress(ApiError):  # the answer is whole, whatever it cost
+                    repair.usage.input = await tier.counter.count(body)
+            teller.tell(repair.end())
+            watch.ended(repair.usage)
+            tier.cache.answered(body, repair.usage, ticket)
+        finally:
+            under_way.finished()  # last: the next call may have the slot before this returns
     except CancelledError:
         under_way.cut()
         raise
     finally:
         under_way.abandon()
-    if repair.usage.input is None:
-        # llama-server forgot its message_start, the only place where it says this.
-        with suppress(ApiError):  # the answer is whole, whatever it cost
-            repair.usage.input = await tier.counter.count(body)
-    teller.tell(repair.end())
-    watch.ended(repair.usage)
-    tier.cache.answered(body, repair.usage, ticket)
 
 
 async def under_schema(
@@ -219,17 +221,17 @@ async def under_schema(
         except ApiError:
             under_way.finished()
             raise
-        under_way.finished()
+        usage = repair.usage
+        usage.input, usage.cached = completion.evaluated, completion.cached
+        usage.output += completion.generated
+        tier.pace.learn(body, usage, completion.prefill, completion.generation)
+        tier.cache.answered(body, usage, ticket)
+        under_way.finished()  # last: the next call may have the slot before this returns
     except CancelledError:
         under_way.cut()
         raise
     finally:
         under_way.abandon()
-    usage = repair.usage
-    usage.input, usage.cached = completion.evaluated, completion.cached
-    usage.output += completion.generated
-    tier.pace.learn(body, usage, completion.prefill, completion.generation)
-    tier.cache.answered(body, usage, ticket)
     message = {
         "id": repair.message_id,
         "type": "message",

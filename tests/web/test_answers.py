@@ -7,6 +7,7 @@ from typing import Any
 import attrs
 import pytest
 
+from gateway.tier.line import Ticket
 from gateway.wire.events import PING
 from tests.house import CLAUDE_CODE, HELLO, FakeLlama, Held, Household, turn
 
@@ -433,3 +434,37 @@ def test_who_waits_when_the_service_stops_is_told_to_come_again() -> None:
     house.main.held[0].answer()
     house.settle()
     assert runner.status == 200
+
+
+# --- what the slot holds ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bound", [False, True])
+def test_an_answer_is_made_use_of_before_the_next_call_has_the_slot(
+    monkeypatch: pytest.MonkeyPatch, *, bound: bool
+) -> None:
+    """Otherwise what the one proves, and what the slot holds, would be taken for the other's."""
+    seen: list[str] = []
+
+    async def before(*_: Any) -> None:
+        seen.append("before")
+
+    monkeypatch.setattr("gateway.tier.cache.Cache.before", before)
+    monkeypatch.setattr("gateway.tier.cache.Cache.answered", lambda *_: seen.append("answered"))
+    house = Household.built(small=FakeLlama(n_ctx=2048, slots=1))
+    if bound:
+        house.small.completions = ['{"title": "one"}', '{"title": "two"}']
+        turns: list[Any] = []
+        house.line("small").join(Ticket()).addCallback(turns.append)
+        for _ in range(2):
+            house.ask(title(), **CLAUDE_CODE)
+        assert house.line("small").waiting == 2
+        turns[0].finished()
+    else:
+        for words in ("one", "two"):
+            house.ask(turn(words, stream=True))
+        house.main.held[0].answer()
+        house.settle()
+        house.main.held[1].answer()
+    house.settle()
+    assert seen == ["before", "answered"] * 2
