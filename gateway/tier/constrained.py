@@ -16,6 +16,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from attrs import evolve
+
 from gateway.llama.client import Completion, LlamaClient
 from gateway.policy import grammar
 from gateway.policy.schema import Form
@@ -42,6 +44,7 @@ async def complete(
 
     Returns:
         One that fits; or, where not even the shortest one ends within `tokens`, its beginning.
+        What it says of the prompt is what the first attempt found.
 
     Raises:
         ApiError: no attempt gave a fitting answer.
@@ -50,9 +53,16 @@ async def complete(
     wanted = {"prompt": prompt, "n_predict": tokens, "cache_prompt": True, "stop": []}
     # The second time with the server's own sampling: at temperature 0 nothing would change.
     sampling = {key: body[key] for key in ("temperature", "top_p", "top_k") if key in body}
+    first: Completion | None = None
     for characters in _CHARACTERS:
         written = grammar.write(form.shape, int(tokens * characters))
         completion = await client.complete(wanted | sampling | {"grammar": written})
+        if first is None:
+            first = completion
+        # The second attempt finds the prompt where the first has left it.
+        completion = evolve(
+            completion, evaluated=first.evaluated, cached=first.cached, prefill=first.prefill
+        )
         if form.fits(completion.text):
             return completion
         sampling = {}

@@ -24,6 +24,7 @@ class Answering:
 
     completions: list[tuple[str, str]]
     asked: list[Any] = attrs.field(factory=list)
+    counts: list[tuple[int, int]] = attrs.field(factory=list)
 
     async def apply_template(self, chat: Any) -> str:
         return f"<{chat['messages'][0]['content']}>"
@@ -31,7 +32,8 @@ class Answering:
     async def complete(self, wanted: Any) -> Completion:
         self.asked.append(wanted)
         text, stopped = self.completions.pop(0)
-        return Completion(text, stopped, evaluated=3, cached=0, generated=5)
+        evaluated, cached = self.counts.pop(0) if self.counts else (3, 0)
+        return Completion(text, stopped, evaluated=evaluated, cached=cached, generated=5)
 
 
 def completed(server: Answering, tokens: int = 100) -> Any:
@@ -78,3 +80,11 @@ def test_a_server_that_holds_nothing_is_found_out(text: str) -> None:
     assert isinstance(failure.value, ApiError)
     assert failure.value.should_retry is False
     assert "2 attempts" in failure.value.message
+
+
+def test_what_a_prompt_cost_is_what_it_cost_first() -> None:
+    """The second attempt finds it evaluated, and that is no merit of the cache."""
+    server = Answering([('{"title": "aaa', "limit"), ('{"title": "b"}', "eos")])
+    server.counts = [(3000, 10), (1, 3009)]
+    found = completed(server)
+    assert (found.evaluated, found.cached) == (3000, 10)
