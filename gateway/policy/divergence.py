@@ -594,7 +594,8 @@ class Memory:
         if last is not None:
             nearest = diverge(last, prompt)
             gone = max(0, last.size - max(same, nearest.shared))
-            again = min(should_have(gone, prompt.size, tokens), tokens - expected)
+            evaluated = tokens - max(expected, cached)
+            again = min(should_have(gone, prompt.size, tokens), evaluated)
             rewritten = avoidable(again, 0)
         return Cold(cached, expected, avoidable(expected, cached, holds), rewritten, nearest)
 

@@ -480,3 +480,13 @@ def test_a_conversation_is_remembered_once() -> None:
         memory.remember("a", Prompt.of(prepared()))
     assert len(memory) == 1
     assert memory.weight == Prompt.of(prepared()).weight
+
+
+def test_what_was_cached_was_not_written_anew() -> None:
+    """A switch that a template renders at the very end changes a prompt's parts and no tokens."""
+    memory = Memory()
+    past = {"system": "s" * 40_000, "messages": [{"role": "user", "content": "m" * 40_000}]}
+    switched = past | {"chat_template_kwargs": {"enable_thinking": False}}
+    memory.remember("one", Prompt.of(past))
+    assert memory.judge("one", Prompt.of(switched), 20_000, 19_990).rewritten == 0
+    assert memory.judge("one", Prompt.of(switched), 20_000, 0).rewritten > 1000
