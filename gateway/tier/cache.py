@@ -20,20 +20,22 @@ import os
 from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from hashlib import blake2b
+from math import inf
 from pathlib import Path
 from typing import Any, Final
 
 import attrs
 import orjson
-from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import CancelledError, Deferred, ensureDeferred
 from twisted.internet.defer import TimeoutError as TimedOut
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.internet.threads import deferToThread
 from twisted.logger import Logger
 
+from gateway.config import MIB
 from gateway.config import Tier as Wanted
 from gateway.llama import gguf
-from gateway.llama.client import LlamaClient, Lost, Props
+from gateway.llama.client import SLOT_PATIENCE, LlamaClient, Lost, Props
 from gateway.llama.command import option
 from gateway.llama.snapshots import (
     Identity,
@@ -70,6 +72,9 @@ _GIVEN: Final = 8
 #: Bytes that a token takes where nothing is known of the model.
 _GUESSED: Final = 128 * 1024
 
+#: MiB that a llama-server has for conversations in RAM where its command does not say.
+_RAM: Final = 8192
+
 log = Logger()
 
 
@@ -102,10 +107,11 @@ class Numbers:
 
 @attrs.frozen
 class _Server:
-    """What its snapshots belong to, and what they are good for."""
+    """What its snapshots belong to, what they are good for, and its bytes for conversations."""
 
     identity: Identity
     model: gguf.Model | None
+    ram: float = inf
 
     @property
     def kind(self) -> gguf.Kind | None:
@@ -135,8 +141,11 @@ class Cache:
     Attributes:
         name: of its tier.
         config: its part of the configuration.
-        command: the command line of a server of ours; () of any other.
+        command: what a server of ours was started with; () of any other.
+        env: what was added to its environment.
         store: where snapshots are; None where none are taken.
+        free: switches of its template that change nothing of what was said before.
+        moves: whether a state is on its way; the server answers no question meanwhile.
         prefix_file: where the tools and the system prompt that were seen last are kept.
         numbers: what was spared.
     """
@@ -152,6 +161,8 @@ class Cache:
     env: Mapping[str, str] = attrs.field(factory=dict)
     store: Store | None = None
     prefix_file: Path | None = None
+    free: frozenset[str] = frozenset()
+    moves: bool = attrs.field(default=False, init=False)
     numbers: Numbers = attrs.field(factory=Numbers, init=False)
     _memory: Memory = attrs.field(factory=Memory, init=False)
     _server: _Server | None = attrs.field(default=None, init=False)
@@ -159,12 +170,15 @@ class Cache:
     _held_at: float = attrs.field(default=0.0, init=False)
     _refused_at: float | None = attrs.field(default=None, init=False)
     _restored: Snapshot | None = attrs.field(default=None, init=False)
+    _doubted: Snapshot | None = attrs.field(default=None, init=False)
+    _coming: tuple[Mapping[str, Json], Prompt] | None = attrs.field(default=None, init=False)
+    _too_short: bytes = attrs.field(default=b"", init=False)
     _forgets: bool = attrs.field(default=False, init=False)
     _given: list[bytes] = attrs.field(factory=list, init=False)
     _prefix: bytes = attrs.field(default=b"", init=False)
     _idle: IDelayedCall | None = attrs.field(default=None, init=False)
     _working: Deferred[None] | None = attrs.field(default=None, init=False)
-    _warming: Deferred[None] | None = attrs.field(default=None, init=False)
+    _warming: Deferred[Any] | None = attrs.field(default=None, init=False)
 
     # --- a server that comes and goes -------------------------------------------------------------
 
@@ -172,19 +186,24 @@ class Cache:
         """
         The server is up, and no call has been sent there yet.
 
-        Cancelling it leaves things as they are; nothing is raised.
+        Cancel it when the server goes away: a snapshot that was being restored then is dropped at
+        the next start.  Nothing is raised.
         """
         self._memory.forget()
         if self.store is None or props.slots != 1:
             return
-        await self._attempt(self._open(self.store, props))
+        await self._in_time(self._open(self.store, props))
 
     async def _open(self, store: Store, props: Props) -> None:
+        # One whose server went away over it may be the reason.
+        doubted, self._doubted = self._doubted, None
+        if doubted is not None:
+            log.warn("tier {tier}: a restore ended its server; its snapshot goes", tier=self.name)
+            await store.drop(doubted)
+        asked = partial(_server_of, props, self.command, {**os.environ, **self.env})
         await store.look()
         try:
-            self._server = await self._thread(
-                partial(_server_of, props, self.command, dict(self.env))
-            )
+            self._server = await self._thread(asked)
         except (OSError, gguf.NotGguf) as error:
             log.warn("tier {tier}: takes no snapshots: {error}", tier=self.name, error=error)
             return
@@ -194,7 +213,11 @@ class Cache:
 
     def let_in(self) -> None:
         """Calls are let in now; until one comes, warm a slot that nothing was restored to."""
-        if self._server is not None and self._restored is None:
+        if self._server is None or self._restored is not None:
+            return
+        if self._server.exactly:  # what `_warm_up` leaves would serve nobody
+            self._working = self._do(self._save_prefix())
+        else:
             self._warming = self._do(self._warm_up())
 
     def closed(self) -> None:
@@ -219,12 +242,7 @@ class Cache:
         held = self._held
         if held is None or not self._is_worth_saving(held, stopping=True):
             return
-        saving = Deferred.fromCoroutine(self._save(held, None))
-        saving.addTimeout(seconds, self._reactor)
-        try:
-            await saving
-        except (ApiError, Lost, Refused, TimedOut) as error:
-            log.warn("tier {tier}: its slot is not saved: {error}", tier=self.name, error=error)
+        await self._in_time(self._save(held, None), seconds)
 
     # --- a call -----------------------------------------------------------------------------------
 
@@ -236,20 +254,23 @@ class Cache:
     async def before(self, body: Mapping[str, Json]) -> None:
         """A call is about to be sent, and has the permit of the slot."""
         held, self._held = self._held, None
+        self._doubted = self._coming = None
         server, store = self._server, self.store
         if server is not None and store is not None and store.fitting(server.identity):
-            await self._attempt(self._prepare(body, held, server, store))
+            await self._in_time(self._prepare(body, held, server, store))
 
     async def _prepare(
         self, body: Mapping[str, Json], held: _Held | None, server: _Server, store: Store
     ) -> None:
         """Restore what is kept of a call's prompt, if that pays."""
-        fingerprint = Prompt.of(body).fingerprint
+        prompt = self._prompt(body)
+        self._coming = body, prompt  # its answer needs it once more
+        fingerprint = prompt.fingerprint
         best = store.best_for(server.identity, fingerprint, exactly=server.exactly)
         if best is None:
             return
         snapshot, kept = best
-        holds = self._likely_held(fingerprint, snapshot)
+        holds = self._likely_held(fingerprint, snapshot, server.ram)
         reading = self.numbers.restore_seconds_total and (
             self.numbers.restore_bytes_total / self.numbers.restore_seconds_total
         )
@@ -257,6 +278,7 @@ class Cache:
         if not warm.restores(offer):
             return
         if held is not None and self._is_worth_saving(held, stopping=True):
+            store.touch(snapshot)  # whoever has to go for it, not this one
             await self._attempt(self._save(held, None))  # else a restore would lose it
         await self._restore(snapshot)
 
@@ -268,7 +290,9 @@ class Cache:
             log.failure("tier {tier}: cannot make use of an answer", tier=self.name)
 
     def _learn(self, body: Mapping[str, Json], usage: Usage, ticket: Ticket) -> None:
-        prompt, cached = Prompt.of(body), usage.cached
+        coming, self._coming = self._coming, None
+        prompt = coming[1] if coming and coming[0] is body else self._prompt(body)
+        cached = usage.cached
         evaluated = usage.input or 0
         cold = self._memory.judge(ticket.conversation, prompt, evaluated + cached, cached)
         if ticket.conversation:
@@ -289,6 +313,10 @@ class Cache:
         if is_conversation:
             self._keep_prefix(body)
         self._wake()
+
+    def _prompt(self, body: Mapping[str, Json]) -> Prompt:
+        told = body.get("chat_template_kwargs") or {}
+        return Prompt.of(body, [name for name in told if name not in self.free])
 
     def status(self) -> Mapping[str, Json]:
         """For ``/status``."""
@@ -346,11 +374,27 @@ class Cache:
         )
         self._do(self.store.drop(snapshot))
 
-    def _likely_held(self, fingerprint: bytes, like: Snapshot) -> int:
-        """Tokens of a prompt that the server holds, as many for each byte as `like` has."""
-        held = [*self._memory.fingerprints, *self._given]
-        most = max((shared(each, fingerprint) for each in held), default=0)
-        return int(like.prompt_tokens * most / max(1, whole(like.fingerprint)))
+    def _likely_held(self, fingerprint: bytes, like: Snapshot, room: float) -> int:
+        """
+        Tokens of a prompt that the server holds, as many for each byte as `like` has.
+
+        It holds the prompt that came last, and of those before as many as `room` bytes of RAM take.
+        """
+        tokens_a_byte = like.prompt_tokens / max(1, whole(like.fingerprint))
+        newest_first = self._memory.fingerprints[::-1]
+        newest_first += [
+            given
+            for given in self._given
+            if not any(shared(each, given) == whole(given) for each in newest_first)
+        ]
+        most = 0
+        for number, each in enumerate(newest_first):
+            if number:
+                room -= whole(each) * tokens_a_byte * like.size / like.tokens
+            if room < 0:
+                break
+            most = max(most, shared(each, fingerprint))
+        return int(most * tokens_a_byte)
 
     # --- when nobody waits ------------------------------------------------------------------------
 
@@ -363,14 +407,20 @@ class Cache:
 
     def _rested(self) -> None:
         held = self._held
-        works = self._working is not None and not self._working.called
-        if held is None or works or not self._is_at_rest:
+        if held is None or not self._is_at_rest:
             return  # the answer that is under way will come back to this
-        if self._server is not None and self._server.exactly:
-            if self._prefix_body() is not None:
-                self._working = self._do(self._save_prefix())
+        if self._working is not None and not self._working.called:
+            self._wake()  # the last save is still being summed up
+        elif self._server is not None and self._server.exactly:
+            self._working = self._do(self._save_prefix())
         elif self._is_worth_saving(held):
             self._working = self._do(self._save_in_line(held))
+
+    @property
+    def _is_refused(self) -> bool:
+        """Whether a state could not be saved a while ago."""
+        since = self._refused_at
+        return since is not None and self._reactor.seconds() - since < warm.REFUSED_FOR
 
     @property
     def _is_at_rest(self) -> bool:
@@ -394,9 +444,10 @@ class Cache:
 
     async def _save_in_line(self, held: _Held) -> None:
         permit = await self.line.join(Ticket(Rank.BACKGROUND))
-        if self._held is held:
-            await self._save(held, permit)
-        else:
+        try:
+            if self._held is held:
+                await self._save(held, permit)
+        finally:
             permit.finished()
 
     async def _save(self, held: _Held, permit: Permit | None) -> None:
@@ -409,16 +460,19 @@ class Cache:
         assert store is not None
         began = self._reactor.seconds()
         try:
+            part = await store.begin(self._state_bytes(server, held.tokens))
             try:
-                part = await store.begin(self._state_bytes(server, held.tokens))
-                try:
-                    moved = await self.client.save_slot(_SLOT, part)
-                except BaseException:
-                    await store.abort(part)
-                    raise
-            finally:
+                self.moves = True
+                moved = await self.client.save_slot(_SLOT, part)
+            except BaseException:
                 if permit is not None:
-                    permit.finished()
+                    permit.finished()  # a disk that hangs is no reason to keep it
+                await store.abort(part)
+                raise
+            finally:
+                self.moves = False
+            if permit is not None:
+                permit.finished()
             kept = await store.commit(
                 part,
                 server.identity,
@@ -459,11 +513,16 @@ class Cache:
         try:
             if not await self.store.is_whole(snapshot):
                 return False
+            self._doubted, self.moves = snapshot, True
             moved = await self.client.restore_slot(_SLOT, snapshot.file)
         except (ApiError, Lost) as error:
             log.warn("tier {tier}: cannot restore: {error}", tier=self.name, error=str(error))
+            self._doubted = None
             await self.store.drop(snapshot)
             return False
+        finally:
+            self.moves = False
+        self._doubted = None
         took = self._reactor.seconds() - began
         self._restored = snapshot
         self._given = [snapshot.fingerprint, *self._given][:_GIVEN]
@@ -525,8 +584,9 @@ class Cache:
         server, store = self._server, self.store
         if body is None or server is None or store is None:
             return
-        beginning = Prompt.of({**body, "messages": []})
-        if store.best_for(server.identity, beginning.fingerprint, exactly=True) is not None:
+        beginning = self._prompt({**body, "messages": []})
+        kept = store.best_for(server.identity, beginning.fingerprint, exactly=True)
+        if kept is not None or beginning.fingerprint == self._too_short or self._is_refused:
             return
         one, other = [
             await self.client.apply_template(chat.from_messages(each))
@@ -536,14 +596,18 @@ class Cache:
         try:
             self._held = None
             prompt = warm.rendered_beginning(one, other)
-            done = await self.client.complete(
-                {"prompt": prompt, "n_predict": 0, "cache_prompt": True}
-            )
+            wanted = {"prompt": prompt, "n_predict": 0, "cache_prompt": True}
+            # A call that comes ends this, and not what is saved of it afterwards.
+            evaluating = ensureDeferred(self.client.complete(wanted))
+            self._warming = evaluating
+            done = await evaluating
             tokens = done.evaluated + done.cached
-            if tokens >= self.config.snapshot_min_tokens:
-                held = _Held(beginning, tokens, tokens, is_conversation=False)
-                await self._take("prefix", held, None)
-            permit.finished()
+            if tokens < self.config.snapshot_min_tokens:
+                self._too_short = beginning.fingerprint
+                permit.finished()
+                return
+            held = _Held(beginning, tokens, tokens, is_conversation=False)
+            await self._take("prefix", held, permit)
         finally:
             permit.abandon()
 
@@ -553,6 +617,17 @@ class Cache:
         """Begin it; nobody waits for it."""
         done = Deferred.fromCoroutine(self._attempt(work))
         return done.addErrback(lambda failure: failure.trap(CancelledError))
+
+    async def _in_time(
+        self, work: Coroutine[Deferred[Any], Any, Any], seconds: float = SLOT_PATIENCE
+    ) -> None:
+        """As `_attempt`; a disk or a server that hangs is not waited for any longer."""
+        done = Deferred.fromCoroutine(self._attempt(work))
+        done.addTimeout(seconds, self._reactor)
+        try:
+            await done
+        except TimedOut:
+            log.warn("tier {tier}: its cache took too long", tier=self.name)
 
     async def _attempt(self, work: Any) -> None:
         """Await it; what goes wrong is logged."""
@@ -575,7 +650,7 @@ def _server_of(props: Props, command: tuple[str, ...], env: Mapping[str, str]) -
     )
     identity = Identity(
         ModelFile.of(path),
-        server_identity(command),
+        f"{server_identity(command)} {props.build}",  # a wrapper is not the program itself
         props.n_ctx,
         cache_types,
         props.template_digest,
@@ -586,4 +661,8 @@ def _server_of(props: Props, command: tuple[str, ...], env: Mapping[str, str]) -
     except gguf.NotGguf as error:
         log.debug("{path}: {error}", path=os.fspath(path), error=error)
         model = None
-    return _Server(identity, model)
+    try:
+        ram = int(option(command, "--cache-ram", "-cram") or _RAM)
+    except ValueError:
+        ram = _RAM
+    return _Server(identity, model, inf if ram < 0 else ram * MIB)

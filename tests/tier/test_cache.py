@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import attrs
 import orjson
 import pytest
-from twisted.internet.defer import Deferred, maybeDeferred
+from twisted.internet.defer import CancelledError, Deferred, maybeDeferred
 from twisted.internet.task import Clock
+from twisted.logger import LogEvent, formatEvent
 
 from gateway.config import Tier as Wanted
 from gateway.llama import gguf
@@ -18,7 +20,7 @@ from gateway.llama.snapshots import Identity, ModelFile, Store
 from gateway.policy.order import Rank
 from gateway.policy.template import Template
 from gateway.tier import cache as room
-from gateway.tier.cache import Cache, _Server
+from gateway.tier.cache import Cache, _Server, _server_of
 from gateway.tier.line import Line, Ticket
 from gateway.wire.errors import ApiError, unavailable
 from gateway.wire.events import Usage
@@ -54,9 +56,14 @@ class Server:
     asked: list[str] = attrs.field(factory=list)
     refuses: ApiError | None = None
     warming: Deferred[Answer] | None = None
+    evaluating: Deferred[None] | None = None
+    evaluated: int = TOKENS
+    moving: Deferred[None] | None = None
 
     async def save_slot(self, _: int, filename: str) -> Moved:
         self.asked.append("save")
+        if self.moving is not None:
+            await self.moving
         self.clock.advance(1)
         if self.refuses is not None:
             raise self.refuses
@@ -65,6 +72,8 @@ class Server:
 
     async def restore_slot(self, _: int, __: str) -> Moved:
         self.asked.append("restore")
+        if self.moving is not None:
+            await self.moving
         if self.refuses is not None:
             raise self.refuses
         return Moved(TOKENS, 4096, 0.1)
@@ -79,7 +88,9 @@ class Server:
 
     async def complete(self, _: Any) -> Completion:
         self.asked.append("evaluate")
-        return Completion("", "limit", evaluated=TOKENS, cached=0, generated=1)
+        if self.evaluating is not None:
+            await self.evaluating
+        return Completion("", "limit", evaluated=self.evaluated, cached=0, generated=1)
 
     async def busy_slots(self) -> int:
         return 0
@@ -92,6 +103,7 @@ class Scene:
     folder: Path
     clock: Clock = attrs.field(factory=Clock)
     model: gguf.Model | None = None
+    ram: float = math.inf
     server: Server = attrs.field(init=False)
     line: Line = attrs.field(init=False)
     store: Store = attrs.field(init=False)
@@ -155,7 +167,7 @@ def _now(deferred: Deferred[Any]) -> Any:
 @pytest.fixture
 def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
     scene = Scene(tmp_path)
-    monkeypatch.setattr(room, "_server_of", lambda *_: _Server(ONE, scene.model))
+    monkeypatch.setattr(room, "_server_of", lambda *_: _Server(ONE, scene.model, scene.ram))
     return scene
 
 
@@ -230,6 +242,58 @@ def test_a_slot_is_saved_once_more_before_a_stop(scene: Scene) -> None:
     _now(Deferred.fromCoroutine(scene.cache.rest(30)))
     assert scene.server.asked == ["save"]
     assert scene.clock.getDelayedCalls() == []
+
+
+def test_a_slot_whose_store_is_taken_away_meanwhile_gives_its_permit_back(scene: Scene) -> None:
+    """A new configuration may save nothing any more while a save waits for its turn."""
+    scene.opened().call("hi")
+    held = scene.cache._held
+    assert held is not None
+    running = _now(scene.line.join(Ticket()))
+    saving = Deferred.fromCoroutine(scene.cache._save_in_line(held))
+    saving.addErrback(lambda _: None)
+    scene.cache.store = None
+    running.finished()
+    assert (scene.line.running, scene.line.settling) == (0, 0)
+
+
+def test_a_turn_that_ends_while_the_last_one_is_summed_up_is_saved_after_it(scene: Scene) -> None:
+    """The look that finds a save under way is not the last one."""
+    summing: Deferred[Any] = Deferred()
+    scene.opened().call("hi")
+    scene.cache._working = summing
+    scene.rest()
+    assert scene.server.asked == []
+    summing.callback(None)
+    scene.rest()
+    assert scene.server.asked == ["save"]
+
+
+def test_a_save_before_a_stop_that_fails_in_any_way_holds_nobody_up(
+    scene: Scene, logged: list[LogEvent], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Servers have to be ended after it, whatever it is."""
+    scene.opened().call("hi")
+
+    async def broken(*_: Any) -> str:
+        raise RuntimeError
+
+    monkeypatch.setattr(Store, "begin", broken)
+    assert _now(Deferred.fromCoroutine(scene.cache.rest(30))) is None
+    assert "its cache failed" in str(formatEvent(logged.pop()))
+
+
+def test_a_save_before_a_stop_ends_in_time(scene: Scene) -> None:
+    """A server that does not answer is hung up on, and nothing is left of it."""
+    scene.opened().call("hi")
+    scene.server.moving = Deferred()
+    over = Deferred.fromCoroutine(scene.cache.rest(30))
+    assert scene.cache.moves
+    scene.clock.advance(31)
+    assert _now(over) is None
+    assert not scene.cache.moves
+    assert scene.store.snapshots == []
+    assert [path.name for path in scene.folder.iterdir()] == ["main.prefix"]
 
 
 # --- restoring ------------------------------------------------------------------------------------
@@ -339,6 +403,87 @@ def test_a_server_that_fails_costs_no_call(scene: Scene) -> None:
     assert scene.call("hi")["cached"] == 0
 
 
+def test_a_restore_during_which_the_server_goes_away_is_not_tried_again(scene: Scene) -> None:
+    """It may be the reason, and would be so at each start."""
+    scene.opened().call("hi")
+    scene.rest()
+    scene.cache.closed()
+    scene.server.moving = Deferred()
+    opening = Deferred.fromCoroutine(scene.cache.opened(PROPS))
+    opening.addErrback(lambda failure: failure.trap(CancelledError))
+    assert scene.server.asked == ["save", "restore"]
+    opening.cancel()
+    scene.cache.closed()
+    scene.server.moving = None
+    scene.opened()
+    assert scene.server.asked == ["save", "restore", "warm up 0"]
+    assert scene.store.snapshots == []
+
+
+def test_a_restore_that_hangs_lets_the_server_open_in_the_end(scene: Scene) -> None:
+    """A disk that does not answer costs the snapshot, and not the tier."""
+    scene.opened().call("hi")
+    scene.rest()
+    scene.cache.closed()
+    scene.store._thread = lambda *_: Deferred()
+    opening = Deferred.fromCoroutine(scene.cache.opened(PROPS))
+    scene.clock.advance(601)
+    assert _now(opening) is None
+
+
+def test_what_ram_has_no_room_for_is_restored(scene: Scene) -> None:
+    """Of the prompts that went through, the server holds the last ones only."""
+    scene.ram = 4096.0  # one state
+    scene.opened()
+    for words in "abcd":
+        scene.call(words, conversation=words, system=words)
+        scene.rest()
+    scene.server.asked.clear()
+    scene.call("c", cached=TOKENS - 1, conversation="c", system="c")
+    assert scene.server.asked == []
+    scene.call("a", cached=TOKENS - 1, conversation="a", system="a")
+    assert scene.server.asked == ["restore"]
+
+
+def test_a_server_behind_a_wrapper_is_known_by_its_build(tmp_path: Path) -> None:
+    """The program of its command stays the same when another llama-server is put there."""
+    model = tmp_path / "a.gguf"
+    model.write_bytes(b"no model")
+    known = attrs.evolve(PROPS, model_path=str(model))
+    command = ("/bin/sh", "llama-server")
+    one = _server_of(known, command, {})
+    assert one.identity == _server_of(known, command, {}).identity
+    assert one.identity != _server_of(attrs.evolve(known, build="b2"), command, {}).identity
+
+
+@pytest.mark.parametrize(("said", "mib"), [((), 8192), (("-cram", "3"), 3), (("-cram", "x"), 8192)])
+def test_the_ram_for_conversations_is_what_the_command_says(
+    tmp_path: Path, said: tuple[str, ...], mib: int
+) -> None:
+    """Or what llama-server has by itself; without a limit where it says -1."""
+    model = tmp_path / "a.gguf"
+    model.write_bytes(b"no model")
+    known = attrs.evolve(PROPS, model_path=str(model))
+    assert _server_of(known, ("/bin/sh", *said), {}).ram == mib * 2**20
+    assert _server_of(known, ("/bin/sh", "--cache-ram", "-1"), {}).ram == math.inf
+
+
+def test_options_in_our_own_environment_are_the_servers_too(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It inherits them, and llama-server reads them."""
+    told: list[Any] = []
+
+    def server_of(_: Props, __: Any, env: Any) -> _Server:
+        told.append(env["LLAMA_ARG_CACHE_TYPE_K"])
+        return _Server(ONE, None)
+
+    monkeypatch.setenv("LLAMA_ARG_CACHE_TYPE_K", "q8_0")
+    monkeypatch.setattr(room, "_server_of", server_of)
+    scene.opened()
+    assert told == ["q8_0"]
+
+
 # --- without a snapshot ---------------------------------------------------------------------------
 
 
@@ -382,6 +527,52 @@ def test_of_a_model_with_windows_the_beginning_alone_is_saved(scene: Scene) -> N
     assert scene.server.asked == ["evaluate", "save", "restore"]
 
 
+def test_a_beginning_gives_way_to_a_call(scene: Scene) -> None:
+    """Nobody waits for it while it is evaluated, which may take minutes."""
+    scene.model = windowed()
+    scene.server.evaluating = Deferred()
+    scene.opened().call("hi")
+    scene.rest()
+    assert scene.server.asked == ["evaluate"]
+    scene.cache.give_way()
+    assert scene.line.settling == 1
+    scene.clock.advance(2)
+    assert scene.line.settling == 0
+    assert scene.server.asked == ["evaluate"]
+
+
+def test_a_beginning_that_is_too_short_is_evaluated_once(scene: Scene) -> None:
+    """It would be no longer after the next turn."""
+    scene.model = windowed()
+    scene.server.evaluated = 100
+    scene.opened().call("hi")
+    scene.rest()
+    scene.call("hi")
+    scene.rest()
+    assert scene.server.asked == ["evaluate"]
+    assert scene.line.running == 0
+
+
+def test_a_beginning_that_cannot_be_saved_is_left_alone_for_a_while(scene: Scene) -> None:
+    """A full disk is no reason to evaluate it after each turn."""
+    scene.model = windowed()
+    scene.server.refuses = ApiError("api_error", "No room.")
+    scene.opened().call("hi")
+    scene.rest()
+    scene.call("hi")
+    scene.rest()
+    assert scene.server.asked == ["evaluate", "save"]
+
+
+def test_of_a_model_with_windows_the_beginning_is_warm_at_its_end(scene: Scene) -> None:
+    """What ends in an empty turn would serve nobody there."""
+    scene.model = windowed()
+    scene.opened().call("hi")
+    scene.cache.closed()
+    scene.opened()
+    assert scene.server.asked == ["evaluate", "save"]
+
+
 # --- why it was cold ------------------------------------------------------------------------------
 
 
@@ -394,6 +585,17 @@ def test_a_past_that_was_written_anew_is_named(scene: Scene) -> None:
     assert _SEEN[-1]["rewritten"] > 1000
     assert "system prompt" in _SEEN[-1]["divergence"]["sentence"]
     assert scene.cache.status()["avoidable_tokens_total"] > 1000
+
+
+def test_a_switch_that_rewrites_nothing_makes_no_other_prompt(scene: Scene) -> None:
+    """Thinking is switched at the end of a prompt, where the template says so."""
+    scene.cache.free = frozenset({"enable_thinking"})
+    scene.opened()
+    for thinks in (True, False):
+        sent = body("hi") | {"chat_template_kwargs": {"enable_thinking": thinks}}
+        scene.cache.answered(sent, Usage(TOKENS, 0, 1), Ticket(conversation="one", cold=_see))
+    assert _SEEN[-1]["rewritten"] == 0
+    assert _SEEN[-1]["divergence"]["how"] == "continued"
 
 
 _SEEN: list[Any] = []
