@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
+from functools import partial
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
@@ -26,7 +27,7 @@ from twisted.python import usage
 from twisted.python.failure import Failure
 
 from gateway.changes import Changes, between
-from gateway.config import MIB, Config, ConfigError, Gateway, Server, load
+from gateway.config import MIB, Config, ConfigError, Server, load
 from gateway.daemon.log import Logged, log_file
 from gateway.daemon.notify import READY, notify, reloading, stopping
 from gateway.daemon.sockets import check_door
@@ -50,6 +51,9 @@ _PATIENCE: Final = backoffPolicy(initialDelay=0.5, maxDelay=30.0, factor=1.2)
 
 #: Seconds that the last bytes of answers get to leave, once the answers have ended.
 _LAST_BYTES: Final = 5.0
+
+#: Seconds that the saving of slots gets at least, when answers took the most of the grace.
+_SAVING: Final = 30.0
 
 log = Logger()
 
@@ -93,6 +97,32 @@ def makeService(options: Options) -> Service:
 
 
 @attrs.define(eq=False)
+class _Stores:
+    """
+    Where slots are saved: one `Store` for each folder, whichever tiers save there.
+
+    Attributes:
+        budget: bytes that the snapshots of a folder may have.
+    """
+
+    budget: int
+    _by_folder: dict[Path, Store] = attrs.field(factory=dict, init=False)
+
+    def adopt(self, budget: int) -> None:
+        """Go by another budget; one of 0 saves nothing from the next start of a server on."""
+        self.budget = budget
+        for store in self._by_folder.values():
+            store.budget = budget
+
+    def of(self, command: Sequence[str]) -> Store | None:
+        """Where a server with this command saves its slots; None for nowhere."""
+        folder = option(command, "--slot-save-path")
+        if folder is None or not self.budget:
+            return None
+        return self._by_folder.setdefault(Path(folder), Store(Path(folder), self.budget))
+
+
+@attrs.define(eq=False)
 class House(MultiService):
     """
     Everything there is: the door, the tiers, their servers.
@@ -109,6 +139,7 @@ class House(MultiService):
     _reactor: Any
     _site: QuietSite
     _door: Service
+    _stores: _Stores
     _announcing: Deferred[None] | None = None
     _changing: set[Deferred[None]] = attrs.field(factory=set, init=False)
     _leaving: list[Tier] = attrs.field(factory=list, init=False)
@@ -117,13 +148,14 @@ class House(MultiService):
     def built(cls, config: Config, path: Path, reactor: Any) -> House:
         """The house that `config` describes, standing still."""
         gateway = config.gateway
-        tiers = {name: _tier(config, name, reactor) for name in config.tier}
+        stores = _Stores(gateway.snapshot_budget * MIB)
+        tiers = {name: _tier(config, name, reactor, stores) for name in config.tier}
         times = Times(start=gateway.start_after)
         dispatch = Dispatch(tiers, config.route, Ledger(reactor), times, reactor)
         api = Api(dispatch, version("claudegw"))
         factory = site(api.app.resource(), _access(config), reactor)
         door = strports.service(gateway.listen, factory, reactor)
-        return cls(config, path, api, reactor, factory, door)
+        return cls(config, path, api, reactor, factory, door, stores)
 
     def __attrs_post_init__(self) -> None:
         MultiService.__init__(self)
@@ -193,9 +225,10 @@ class House(MultiService):
         config = self.config = changes.config
         dispatch, before = self.api.dispatch, self.tiers
         dispatch.tiers = {
-            name: before[name] if name in before else _tier(config, name, self._reactor)
+            name: before.get(name) or _tier(config, name, self._reactor, self._stores)
             for name in config.tier
         }
+        self._stores.adopt(config.gateway.snapshot_budget * MIB)
         dispatch.rules, dispatch.times = config.route, Times(start=config.gateway.start_after)
         self._site.access = _access(config)
         for name in changes.added:
@@ -211,16 +244,20 @@ class House(MultiService):
 
     def _renew(self, tier: Tier) -> None:
         """Let a tier go by its new configuration, and its server, once it does nothing."""
-        config = self.config.tier[tier.name]
+        before, config = tier.config, self.config.tier[tier.name]
         tier.adopt(config)
         child = tier.child
         if child is None:
             return
+        assert before.server is not None
         assert config.server is not None
         child.limits = _limits(config.server)
-        line = command(config, config.server, self.config.gateway.state_dir, ram.of_command)
+        reckon = ram.of_command
+        if (before.server.command, before.cache_ram) == (config.server.command, config.cache_ram):
+            # What was saved meanwhile says better what a token takes; no reason to start anew.
+            reckon = partial(_as_it_was, child.command)
+        line = command(config, config.server, self.config.gateway.state_dir, reckon)
         if child.replace(line, config.server.env):
-            _keep(tier, child, self.config.gateway)
             log.info("tier {tier}: its server is started anew when it rests", tier=tier.name)
             self._later(_restart(tier, child))
         elif child.state is State.FAILED:
@@ -265,10 +302,11 @@ class House(MultiService):
         await self._door.stopService()
         for tier in tiers:
             tier.stop()
+        until = self._reactor.seconds() + self.config.gateway.grace
         await self.api.drain(self.config.gateway.grace, self._reactor)
         await self._site.hang_up(_LAST_BYTES, self._reactor)
-        for tier in tiers:
-            await tier.cache.rest(self.config.gateway.grace)
+        left = max(_SAVING, until - self._reactor.seconds())
+        await gatherResults([Deferred.fromCoroutine(tier.cache.rest(left)) for tier in tiers])
         children = [tier.child for tier in tiers if tier.child is not None]
         await gatherResults([child.stopService() for child in children])
 
@@ -282,7 +320,7 @@ def _limits(server: Server) -> Limits:
     return Limits(server.max_restarts, server.restart_window, server.stop_grace)
 
 
-def _tier(config: Config, name: str, reactor: Any) -> Tier:
+def _tier(config: Config, name: str, reactor: Any, stores: _Stores) -> Tier:
     """The tier of that name, with its server if that is ours; both stand still."""
     wanted, state_dir = config.tier[name], config.gateway.state_dir
     client = LlamaClient.at(reactor, name, wanted.url, wanted.api_key)
@@ -300,18 +338,16 @@ def _tier(config: Config, name: str, reactor: Any) -> Tier:
             on_state=tier.server_is,
             end_calls=client.hang_up,
         )
-        _keep(tier, tier.child, config.gateway)
+        tier.keeps = stores.of
+        tier.cache.command = tuple(tier.child.command)
+        tier.cache.prefix_file = state_dir / f"{name}.prefix"
     return tier
 
 
-def _keep(tier: Tier, child: Child, gateway: Gateway) -> None:
-    """Let the tier keep what its server's slot holds, where that can be done."""
-    cache, line = tier.cache, tuple(child.command)
-    cache.command, cache.env = line, child.env
-    cache.prefix_file = gateway.state_dir / f"{tier.name}.prefix"
-    folder = option(line, "--slot-save-path")
-    if folder is not None and gateway.snapshot_budget and tier.config.slots == 1:
-        cache.store = Store(Path(folder), gateway.snapshot_budget * MIB)
+def _as_it_was(line: Sequence[str], *_: Any) -> int | None:
+    """The MiB for conversations in RAM that a command line has already."""
+    reckoned = option(line, "--cache-ram")
+    return None if reckoned is None else int(reckoned)
 
 
 def _start(tier: Tier) -> None:

@@ -11,6 +11,7 @@ import attrs
 import orjson
 import pytest
 from twisted.internet.defer import Deferred
+from twisted.internet.task import deferLater
 from twisted.logger import LogEvent, LogLevel, formatEvent
 
 from gateway.config import load
@@ -333,3 +334,122 @@ def test_who_comes_to_a_house_that_stops_is_refused(estate: Estate) -> None:
     with pytest.raises(ApiError) as caught:
         line.join(Ticket())
     assert (caught.value.status, caught.value.should_retry) == (503, None)
+
+
+# --- what slots hold ------------------------------------------------------------------------------
+
+
+def test_all_tiers_share_the_store_of_a_folder(estate: Estate) -> None:
+    """What one writes is no leftover to the other, and the budget is for both; it may change."""
+    saving = ("--slot-save-path", str(estate.folder / "slots"))
+    estate.stands("snapshot_budget = 7\n", tier("main", *saving), tier("small", *saving))
+    main, small = (estate.house.tiers[name].cache.store for name in ("main", "small"))
+    assert main is not None
+    assert main is small
+    assert main.budget == 7 * 2**20
+    estate.reads("snapshot_budget = 5\n", tier("main", *saving), tier("small", *saving))
+    assert main.budget == 5 * 2**20
+    assert len(estate.reactor.started) == 2
+
+
+def test_a_slot_is_saved_as_that_of_the_server_that_runs(estate: Estate) -> None:
+    """Not of the one that will be started: its options may say something else of the same bytes."""
+    estate.stands(tier("main", "--old"))
+    cache = estate.house.tiers["main"].cache
+    call = estate.call("main")
+    estate.reads(tier("main", "--new"))
+    assert cache.command[-1] == "--old"
+    call.over()
+    estate.process("main").ends()
+    estate.wait()
+    assert cache.command[-1] == "--new"
+
+
+def test_a_better_reckoning_starts_no_server_anew(
+    estate: Estate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a token takes is known better once a slot was saved; that can wait."""
+    reckoned = iter([100, 101, 102])
+    monkeypatch.setattr("gateway.service.ram.of_command", lambda *_: next(reckoned))
+    program = estate.folder / "llama-server"
+    program.touch(0o700)
+    ours = tier("main").replace(sys.executable, str(program))
+    estate.stands(ours)
+    assert "100" in estate.process("main").words
+    estate.reads(ours)
+    assert estate.process("main").signals == []
+    estate.reads(ours.replace('"main"]', '"main", "--new"]'))
+    assert estate.process("main").signals == ["TERM"]
+    estate.process("main").ends()
+    estate.wait()
+    assert "101" in estate.process("main").words
+
+
+def test_a_server_opens_whatever_its_cache_does(
+    estate: Estate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure there is logged, and calls go on."""
+
+    async def broken(*_: Any) -> None:
+        raise RuntimeError
+
+    monkeypatch.setattr("gateway.tier.cache.Cache.opened", broken)
+    estate.stands(tier("main"))
+    assert estate.call("main").permit is not None
+    estate.take_errors()
+
+
+def test_nothing_is_warmed_up_for_who_waits_already(
+    estate: Estate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their calls would have to wait until that is ended."""
+    warmed: list[None] = []
+    monkeypatch.setattr("gateway.tier.cache.Cache.let_in", lambda _: warmed.append(None))
+    estate.writes(tier("main"))
+    estate.house = House.built(load(estate.path, KINDS), estate.path, estate.reactor)
+    estate.house.startService()
+    main = estate.house.tiers["main"]
+    came = Deferred.fromCoroutine(main.ready())
+    estate.wait()
+    assert not warmed
+    estate.wait()
+    assert came.called
+    estate.process("main").ends()
+    estate.reactor.pump([0.25] * 20)
+    assert warmed == [None]
+    estate.take_errors()
+
+
+@pytest.mark.parametrize("moves", [False, True])
+def test_a_server_that_moves_a_state_is_not_stuck(
+    estate: Estate, monkeypatch: pytest.MonkeyPatch, *, moves: bool
+) -> None:
+    """It answers no question until that is done, which takes minutes for a large one."""
+
+    async def slots(_: LlamaClient) -> Any:
+        await Deferred()
+
+    monkeypatch.setattr(LlamaClient, "slots", slots)
+    estate.stands(tier("main", stall=30))
+    estate.house.tiers["main"].cache.moves = moves
+    estate.reactor.pump([1] * 45)
+    assert estate.state("main") is (State.READY if moves else State.UNWELL)
+    estate.take_errors()
+
+
+def test_slots_are_saved_within_what_answers_leave_of_the_grace(
+    estate: Estate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All at once; whoever starts the gateway would not wait for one after the other."""
+    granted: list[float] = []
+
+    async def rest(_: Any, seconds: float) -> None:
+        granted.append(seconds)
+        await deferLater(estate.reactor, 2)
+
+    monkeypatch.setattr("gateway.tier.cache.Cache.rest", rest)
+    estate.stands("grace = 100\n", tier("main"), tier("small"))
+    estate.stop()
+    assert granted == [100, 100]
+    estate.reactor.advance(2)
+    assert estate.process("main").signals == ["TERM"]

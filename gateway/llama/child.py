@@ -148,6 +148,11 @@ class Child(Service):
         """Its process, while there is one."""
         return None if self._core.process is None else self._core.process.pid
 
+    @property
+    def started_with(self) -> tuple[Sequence[str], Mapping[str, str]]:
+        """Command and environment of its last start; before that, of its first."""
+        return self._core.started_with or (self.command, self.env)
+
     def startService(self) -> None:
         super().startService()
         self._machine.start()

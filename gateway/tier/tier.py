@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from itertools import count
 from typing import Any, Final
@@ -18,6 +18,7 @@ from twisted.python.failure import Failure
 from gateway.config import Tier as Wanted
 from gateway.llama.child import Child, State
 from gateway.llama.client import LlamaClient, Props
+from gateway.llama.snapshots import Store
 from gateway.policy import template as templates
 from gateway.policy.order import Rank
 from gateway.policy.template import Template
@@ -62,6 +63,7 @@ class Tier:
         progress: how far its calls are.
         deaths: the calls during which its server went away.
         vitals: whether its server does anything; of a server of ours.
+        keeps: where a server with this command saves its slot; None for nowhere.
         cache: what its slot holds, and what of it is kept.
         child: its server, where it is one of ours.
     """
@@ -76,6 +78,7 @@ class Tier:
     deaths: Deaths
     vitals: Vitals | None
     _reactor: IReactorTime
+    keeps: Callable[[Sequence[str]], Store | None] = lambda _: None
     cache: Cache = attrs.field(init=False)
     child: Child | None = attrs.field(default=None, init=False)
     _opening: Deferred[None] | None = attrs.field(default=None, init=False)
@@ -104,7 +107,7 @@ class Tier:
         )
         tier.cache = Cache(name, wanted, client, line, pace.prefill_rate, reactor)
         if wanted.server is not None:
-            tier.vitals = Vitals(wanted.stall, tier._works, client.slots, tier._stuck, reactor)
+            tier.vitals = Vitals(wanted.stall, tier._works, tier._slots, tier._stuck, reactor)
         return tier
 
     def start(self) -> None:
@@ -232,14 +235,23 @@ class Tier:
 
     async def _open(self) -> None:
         """Let calls in, once the slot holds what was kept of it."""
+        assert self.child is not None
+        command, self.cache.env = self.child.started_with
+        self.cache.command = tuple(command)
+        self.cache.store = self.keeps(command) if self.config.slots == 1 else None
         try:
             await self.cache.opened(await self.props())
         except ApiError as error:
             log.warn("tier {tier}: nothing is restored: {error}", tier=self.name, error=error)
+        except CancelledError:
+            raise
+        except Exception:  # noqa: BLE001  # whatever it is, calls wait for this
+            log.failure("tier {tier}: nothing is restored", tier=self.name)
         self._is_open = True
         self.line.server_up()
         self._nudge()
-        self.cache.let_in()
+        if not self._awaiting:  # they will warm it themselves
+            self.cache.let_in()
 
     def _nudge(self) -> None:
         """Somebody may be waiting for this."""
@@ -257,6 +269,10 @@ class Tier:
 
     def _works(self) -> bool:
         return bool(self.line.running or self.line.settling)
+
+    async def _slots(self) -> Sequence[Mapping[str, Json]]:
+        """What its server says of its slots; it says nothing while it moves a slot's state."""
+        return [] if self.cache.moves else await self.client.slots()
 
     def _sign(self) -> None:
         if self.vitals is not None:
@@ -349,6 +365,7 @@ class Tier:
         self.pace.forget()
         self._first.clear()
         self._rewrites = await self._find_rewrites(found.template)
+        self.cache.free = frozenset(found.template.in_question) - {*self._rewrites}
         log.info(
             "tier {tier}: {alias}, {slots} slot(s) of {n_ctx} tokens, build {build}",
             tier=self.name,
