@@ -28,6 +28,7 @@ from twisted.python.failure import Failure
 
 from gateway.changes import Changes, between
 from gateway.config import MIB, Config, ConfigError, Server, load
+from gateway.config import Tier as Wanted
 from gateway.daemon.log import Logged, log_file
 from gateway.daemon.notify import READY, notify, reloading, stopping
 from gateway.daemon.sockets import check_door
@@ -48,6 +49,9 @@ from gateway.wire.pulse import Times
 
 #: Seconds between two looks whether a server is up, by how often it was not.
 _PATIENCE: Final = backoffPolicy(initialDelay=0.5, maxDelay=30.0, factor=1.2)
+
+#: Seconds that a server of ours gets to load, at least; a cold disk may need minutes.
+_LOADS: Final = 900.0
 
 #: Seconds that the last bytes of answers get to leave, once the answers have ended.
 _LAST_BYTES: Final = 5.0
@@ -251,7 +255,7 @@ class House(MultiService):
             return
         assert before.server is not None
         assert config.server is not None
-        child.limits = _limits(config.server)
+        child.limits = _limits(config, config.server)
         reckon = ram.of_command
         if (before.server.command, before.cache_ram) == (config.server.command, config.cache_ram):
             # What was saved meanwhile says better what a token takes; no reason to start anew.
@@ -316,8 +320,9 @@ def _access(config: Config) -> Access:
     return Access(gateway.token, gateway.hosts, gateway.body_limit)
 
 
-def _limits(server: Server) -> Limits:
-    return Limits(server.max_restarts, server.restart_window, server.stop_grace)
+def _limits(wanted: Wanted, server: Server) -> Limits:
+    restarts, window, grace = server.max_restarts, server.restart_window, server.stop_grace
+    return Limits(restarts, window, grace, patience=max(_LOADS, wanted.startup_patience))
 
 
 def _tier(config: Config, name: str, reactor: Any, stores: _Stores) -> Tier:
@@ -333,7 +338,7 @@ def _tier(config: Config, name: str, reactor: Any, stores: _Stores) -> Tier:
             state_dir,
             client.health,
             reactor,
-            _limits(server),
+            _limits(wanted, server),
             on_line=tier.hear,
             on_state=tier.server_is,
             end_calls=client.hang_up,

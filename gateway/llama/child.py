@@ -94,12 +94,14 @@ class Limits:
         restart_window: seconds of the window.
         stop_grace: seconds that it gets to end by itself before it is killed.
         steady: seconds of being ready after which the next pause is a short one again.
+        patience: seconds after which one that is not ready yet counts as stuck.
     """
 
     max_restarts: int = 5
     restart_window: float = 600.0
     stop_grace: float = 10.0
     steady: float = 60.0
+    patience: float = 900.0
 
 
 @attrs.define(eq=False)
@@ -455,8 +457,15 @@ def _end(c: _Inputs, s: _Core, why: str) -> None:
 
 def _asking(c: _Inputs, s: _Core) -> Deferred[None]:
     inputs = {Health.DOWN: c.silent, Health.LOADING: c.loads, Health.READY: c.answers}
-    asking = Deferred.fromCoroutine(s.ask()).addCallback(lambda health: inputs[health]())
-    return asking.addErrback(_unless_cancelled)
+
+    def asked(health: Health) -> None:
+        took = s.reactor.seconds() - s.spawned
+        if health is not Health.READY and took > s.child.limits.patience:
+            c.stuck(f"it is not up after {took:.0f} s")
+        else:
+            inputs[health]()
+
+    return Deferred.fromCoroutine(s.ask()).addCallback(asked).addErrback(_unless_cancelled)
 
 
 def _ask_again(c: _Inputs, s: _Core) -> None:
@@ -560,6 +569,7 @@ def _table() -> Callable[[_Core], _Inputs]:
     starting.upon(on.loads).to(loading)(_load)
     loading.upon(on.silent).loop()(_ask_again)
     loading.upon(on.loads).loop()(_ask_again)
+    starting.upon(on.stuck).to(unwell)(_give_up_on)
     loading.upon(on.stuck).to(unwell)(_give_up_on)
     ready.upon(on.stuck).to(unwell)(_give_up_on)
     for young in (starting, loading):
@@ -596,7 +606,7 @@ def _table() -> Callable[[_Core], _Inputs]:
     for at_rest, in_vain in (
         (stopped, (on.stuck, on.retry, on.restart)),
         (clearing, (on.start, on.stuck, on.retry, on.restart)),
-        (starting, (on.start, on.stuck, on.retry)),
+        (starting, (on.start, on.retry)),
         (loading, (on.start, on.retry)),
         (ready, (on.start, on.retry)),
         (unwell, (on.start, on.stuck, on.retry, on.restart)),

@@ -519,7 +519,7 @@ def test_a_pause_is_cut_short_when_it_is_asked_for(
 # --- unwell ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("state", ["loading", "ready"])
+@pytest.mark.parametrize("state", ["loading", "ready", "starting"])
 def test_a_child_that_is_stuck_is_ended_and_started_at_once(nursery: Nursery, state: str) -> None:
     """Calls are ended, TERM is sent, after two seconds KILL; then it starts without a pause."""
     nursery.be(state)
@@ -552,8 +552,21 @@ def test_being_stuck_too_often_is_failing(nursery: Nursery) -> None:
     assert nursery.child.status()["reason"] == "it was stuck: again"
 
 
-@pytest.mark.parametrize("state", sorted(set(STATES) - {"loading", "ready"}))
-def test_only_a_server_that_is_up_can_be_stuck(nursery: Nursery, state: str) -> None:
+@pytest.mark.parametrize("state", ["starting", "loading"])
+def test_a_server_that_does_not_come_up_is_stuck(nursery: Nursery, state: str) -> None:
+    """It hangs before it answers or while it loads; after its patience it is started anew."""
+    nursery.be(state)
+    nursery.reactor.pump([1.0] * 890)
+    assert nursery.state == state
+    nursery.reactor.pump([1.0] * 20)
+    assert nursery.process.signals[0] == "TERM"
+    nursery.process.ends(signal=9)
+    nursery.take_errors()
+    assert "it is not up after 90" in nursery.child.status()["reason"]
+
+
+@pytest.mark.parametrize("state", sorted(set(STATES) - {"starting", "loading", "ready"}))
+def test_only_a_server_that_runs_can_be_stuck(nursery: Nursery, state: str) -> None:
     """In every other state the word of it changes nothing."""
     nursery.be(state)
     before = (nursery.state, nursery.child.status(), len(nursery.reactor.getDelayedCalls()))

@@ -32,7 +32,7 @@ LIMITS = Limits(max_restarts=2, restart_window=100.0, stop_grace=10.0, steady=60
 #: Each state, and those that may come right after it.
 FOLLOWS = {
     "stopped": {"starting"},
-    "starting": {"loading", "ready", "draining", "backoff", "failed", "stopped"},
+    "starting": {"loading", "ready", "draining", "backoff", "failed", "stopped", "unwell"},
     "loading": {"ready", "unwell", "draining", "backoff", "failed"},
     "ready": {"unwell", "draining", "backoff", "failed"},
     "unwell": {"starting", "draining", "failed"},
