@@ -124,13 +124,14 @@ def ask(
     for sent in itertools.count():
         try:
             answer = _once(port, call.path, headers, body, until)
+            fault = call.fault(answer)
         except _Left:
             return ended(Outcome.LEFT)
         except Refused as refused:
             spared = call.is_dispensable and str(refused).startswith("503 ")
             return ended(Outcome.DONE_WITHOUT if spared else Outcome.LOST, str(refused))
-        except Wrong as wrong:
-            return ended(Outcome.LOST, f"wrong: {wrong}")
+        except (Wrong, LookupError, TypeError, ValueError, AttributeError) as wrong:
+            return ended(Outcome.LOST, f"wrong: {wrong!r}")
         except Again as wanted:
             if sent == MOST:
                 return ended(Outcome.LOST, f"sent {sent} times again: {wanted}")
@@ -143,7 +144,6 @@ def ask(
                 return ended(Outcome.LEFT)
             time.sleep(pause)
         else:
-            fault = call.fault(answer)
             return ended(Outcome.LOST if fault else Outcome.RIGHT, fault, answer)
     raise AssertionError
 

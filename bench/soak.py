@@ -521,6 +521,7 @@ class Soak:
         resent = self.watch.resent.values()
         show("sent again beneath", f"{sum(resent)}, for {len(resent)} calls")
         show("faults", f"{self.faults.total()}: {_counts(self.faults.elements())}")
+        show("  servers spared when one was chosen", str(self.spared))
         for by, took in sorted(self.watch.took.items()):
             show(f"seconds from {by} to a server that is ready", _middle_and_most(took))
         show("faults that are not over", str(0 if self.watch.is_whole else "some"))
