@@ -350,10 +350,6 @@ class LlamaClient:
             return Health.DOWN
         return {200: Health.READY, 503: Health.LOADING}.get(said, Health.DOWN)
 
-    async def is_loading(self) -> bool:
-        """Whether the server is up and loads its model."""
-        return await self.health() is Health.LOADING
-
     async def busy_slots(self) -> int:
         """
         How many slots work.

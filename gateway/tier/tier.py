@@ -16,7 +16,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from gateway.config import Tier as Wanted
-from gateway.llama.child import Child, State
+from gateway.llama.child import Child, Health, State
 from gateway.llama.client import LlamaClient, Props
 from gateway.llama.snapshots import Store
 from gateway.policy import template as templates
@@ -182,7 +182,9 @@ class Tier:
             await self.props()
         except ApiError as error:
             # What refuses for good is up, and will say so itself.
-            return not isinstance(error, Unavailable) or await self.client.is_loading()
+            if not isinstance(error, Unavailable):
+                return True
+            return await self.client.health() is Health.LOADING
         return True
 
     async def ready(self) -> None:
