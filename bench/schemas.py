@@ -3,7 +3,7 @@ Random schemas, asked of both tiers: how many answers fit, how long they take.
 
 ``python -m bench.schemas [--many N] [--seed S]`` starts the embedded servers and a gateway, draws N
 schemas of the supported kind (`tests.schemas`) and asks each tier for an answer of 160 tokens
-under each of them, or as many as its shortest one has characters.
+under each of them, or four for each character of its shortest one.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def asked(gateway: Running, tier: str, schema: Any) -> tuple[str, float]:
     """What became of one question, and its seconds."""
     body = {
         "model": f"claudegw-{tier}",
-        # An answer whose shortest form is longer cannot be had in fewer.
-        "max_tokens": max(TOKENS, read(schema).shape.shortest),
+        # An answer whose shortest form is longer cannot be had in fewer; a character may take four.
+        "max_tokens": max(TOKENS, 4 * read(schema).shape.shortest),
         "output_config": {"format": {"type": "json_schema", "schema": schema}},
         "messages": [{"role": "user", "content": "Name this session: mend the login page."}],
     }
