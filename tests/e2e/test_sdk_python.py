@@ -95,9 +95,10 @@ def client(gateway: Running) -> Iterator[anthropic.Anthropic]:
 
 @contextmanager
 def guarded(folder: Path) -> Iterator[Running]:
-    """A gateway with a token and a low limit, whose model server is down."""
+    """A gateway with a token and a low limit, whose model server is down and not waited for."""
     keys = f'token = "{TOKEN}"\nbody_limit = {LIMIT}'
-    gateway = start_gateway(folder, {"main": {"url": f"http://127.0.0.1:{free_port()}"}}, keys)
+    main = {"url": f"http://127.0.0.1:{free_port()}", "startup_patience": 0}
+    gateway = start_gateway(folder, {"main": main}, keys)
     try:
         yield gateway
     finally:
