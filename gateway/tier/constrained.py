@@ -64,7 +64,8 @@ async def complete(
             completion, evaluated=first.evaluated, cached=first.cached, prefill=first.prefill
         )
         if form.fits(completion.text):
-            return completion
+            # Whole it is, also where the limit left no room for the sign that ends it.
+            return evolve(completion, stopped="eos")
         sampling = {}
     if completion.stopped == "limit":
         return completion

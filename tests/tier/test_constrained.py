@@ -73,6 +73,13 @@ def test_an_answer_that_is_cut_twice_is_given_as_it_is() -> None:
     assert (found.text, found.stopped) == ('{"ti', "limit")
 
 
+def test_an_answer_that_ends_with_its_limit_is_whole() -> None:
+    """There was no token left for the sign that ends it, and none was needed."""
+    server = Answering([('{"title": "a"}', "limit")])
+    assert completed(server).stopped == "eos"
+    assert len(server.asked) == 1
+
+
 @pytest.mark.parametrize("text", ["no JSON", '{"title": 1}'])
 def test_a_server_that_holds_nothing_is_found_out(text: str) -> None:
     """An answer that does not fit is asked for twice, and then it is an error."""
