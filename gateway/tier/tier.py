@@ -37,7 +37,7 @@ Json = Any
 _FRESH: Final = 30.0
 
 #: Seconds between two looks whether a server has come, by how often it had not.
-_LOOK: Final = backoffPolicy(initialDelay=0.5, maxDelay=2.0, factor=1.3)
+_LOOK: Final = backoffPolicy(0.5, 2.0, 1.3, jitter=lambda: 0.0)
 
 #: Waiting calls whose turn is foreseen.
 _FORESEEN: Final = 20

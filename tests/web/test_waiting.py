@@ -239,7 +239,7 @@ def test_a_call_waits_for_a_server_that_loads() -> None:
     assert [browser.raw for browser in browsers] == [b""] * 3
     house.main.status = None
     for _ in browsers:
-        wait(house, 2)
+        wait(house, 3)
         house.main.held[-1].answer()
         house.settle()
     assert all(browser.ended for browser in browsers)
