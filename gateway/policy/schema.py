@@ -268,7 +268,10 @@ class _Reading:
 
     def are_apart(self, one: _Branch, other: _Branch, path: str) -> bool:
         """Whether no answer that is held to one of the branches fits the other."""
-        merged = _merged(one, other, path)
+        try:
+            merged = _merged(one, other, path)
+        except ApiError:
+            return False  # two patterns at once: nobody knows what fits both
         if merged is None or not _kinds(merged):
             return True
         if _kinds(merged) != ["object"]:
@@ -276,8 +279,8 @@ class _Reading:
         if _needs_more(one, other) and _needs_more(other, one):
             return True
         mine, others = one.get("properties", {}), other.get("properties", {})
-        for name in {*one.get("required", ())} & {*other.get("required", ())}:
-            if name in mine and name in others:
+        for name in one.get("required", ()):
+            if name in other.get("required", ()) and name in mine and name in others:
                 pairs = [
                     (first, second)
                     for first in self.branches(mine[name], path)

@@ -17,7 +17,6 @@ from jsonschema import Draft202012Validator
 from gateway.policy import grammar
 from gateway.policy.schema import read
 from gateway.policy.shapes import List, Number, Shape, Text, Values
-from gateway.wire.errors import ApiError
 from tests.schemas import Speaker, answers
 
 #: How talkative a speaker is: the shortest texts, some, and the longest ones.
@@ -38,11 +37,7 @@ def characters(text: str) -> int:
 @given(answers(), st.sampled_from([1, 64, 1024]))
 def test_what_is_let_through_fits_and_closes(schema: Any, room: int) -> None:
     """Each text is JSON that fits the client's own schema, and no longer than it may be."""
-    try:
-        form = read(schema)
-    except ApiError as error:
-        assert "two of pattern" in error.message  # noqa: PT017  # random parts may contradict
-        return
+    form = read(schema)
     validator = Draft202012Validator(schema)
     for text in said(form.shape, room, 3):
         validator.validate(orjson.loads(text))

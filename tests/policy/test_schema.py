@@ -99,6 +99,23 @@ def test_a_tagged_union_is_taken() -> None:
     )
 
 
+def test_a_tag_tells_members_apart_whatever_else_they_hold() -> None:
+    """Patterns that nobody can compare do not matter where a constant decides."""
+    members: Any = [
+        {
+            "properties": {"value": {"pattern": pattern}, "kind": {"const": pattern}},
+            "required": ["value", "kind"],
+        }
+        for pattern in ("^a$", "^b$")
+    ]
+    assert isinstance(read({"oneOf": members}).shape, Either)
+    for member in members:
+        del member["properties"]["kind"]
+        member["required"].remove("kind")
+    with pytest.raises(ApiError, match="could fit two of these"):
+        read({"oneOf": members})
+
+
 def test_members_that_need_different_names_are_apart() -> None:
     """Members of oneOf that each require what the other does not have are a choice."""
     members = [{"properties": {name: {"const": 1}}, "required": [name]} for name in "ab"]
