@@ -39,6 +39,9 @@ _FRESH: Final = 30.0
 #: Seconds between two looks whether a server has come, by how often it had not.
 _LOOK: Final = backoffPolicy(0.5, 2.0, 1.3, jitter=lambda: 0.0)
 
+#: States in which there is no process that could answer.
+_GONE: Final = frozenset({State.STOPPED, State.BACKOFF, State.FAILED})
+
 #: Waiting calls whose turn is foreseen.
 _FORESEEN: Final = 20
 
@@ -233,6 +236,8 @@ class Tier:
         self.vitals.stop()
         self.cache.closed()
         self.line.server_down(self._away())
+        if state in _GONE:
+            self.client.hang_up()  # a connection can outlive its server, behind a proxy
         self._nudge()
 
     async def _open(self) -> None:

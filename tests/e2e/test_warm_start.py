@@ -74,10 +74,14 @@ class Between:
 def _copy(
     source: socket.socket, sink: socket.socket, look: Callable[[bytes], None] = lambda _: None
 ) -> None:
-    with suppress(OSError), source, sink:
-        while data := source.recv(65536):
-            look(data)
-            sink.sendall(data)
+    with source, sink:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                look(data)
+                sink.sendall(data)
+        for side in (source, sink):
+            with suppress(OSError):  # closing alone would not wake who reads it
+                side.shutdown(socket.SHUT_RDWR)
 
 
 @attrs.define(eq=False)

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from gateway.llama.child import State
 from gateway.tier.deaths import REMEMBERED
+from gateway.tier.vitals import Vitals
 from tests.house import CLAUDE_CODE, HELLO, FakeLlama, Held, Household, turn
 
 TITLE = {
@@ -281,3 +283,26 @@ def test_a_small_call_whose_server_dies_is_answered_by_main() -> None:
     house.settle()
     assert browser.status == 200
     assert browser.headers["x-claudegw-tier"] == "main"
+
+
+def test_a_server_of_ours_that_is_gone_is_hung_up_on() -> None:
+    """A connection that outlives its server, as behind a proxy, keeps no call."""
+
+    class Gone:
+        state = State.BACKOFF
+
+        def status(self) -> Any:
+            return {"reason": "it was ended by SIGKILL"}
+
+    house = Household.built()
+    tier = house.api.dispatch.tiers["main"]
+    tier.vitals = Vitals(180, lambda: False, tier.client.slots, lambda _: None, house.clock)
+    browser = house.ask(turn())
+    tier.child = Gone()  # type: ignore[assignment]
+    tier.server_is(State.BACKOFF)
+    house.settle()
+    assert house.main.held[0].left
+    assert browser.status is None
+    tier.stop()
+    house.settle()
+    assert browser.status == 503
