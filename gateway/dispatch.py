@@ -7,7 +7,6 @@ and touches no socket (`gateway.tier` and `gateway.llama` do).
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from hashlib import blake2b
@@ -166,7 +165,8 @@ class Dispatch:
         with self.ledger.call(caller.request_id) as record:
             request = wire.parse(raw, counting=True)
             record.kind, record.model = "count", request.model
-            for attempt in itertools.count():
+            lost = 0
+            while record.usage.input is None:
                 request, call, wanted = self._understand(request, headers)
                 tier, body, route = await self._place(request, call, wanted)
                 record.tier, record.rule = route.tier, route.rule
@@ -174,12 +174,11 @@ class Dispatch:
                 try:
                     record.usage.input = await tier.counter.count(body)
                 except Unavailable:
-                    if attempt >= tier.config.resends:
+                    lost += 1
+                    if lost > tier.config.resends:
                         raise
                     tier.lost()
-                else:
-                    return record.usage.input
-            raise AssertionError
+            return record.usage.input
 
     def status(self) -> dict[str, Json]:
         """For ``/status``: the tiers, and the calls with how far they are and when they go."""

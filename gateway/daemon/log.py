@@ -82,7 +82,7 @@ def observer(path: Path) -> ILogObserver:
     def rotate(*_: Any) -> None:
         from twisted.internet import reactor  # importing it installs it
 
-        reactor.callFromThread(file.rotate)  # type: ignore[attr-defined]
+        reactor.callFromThread(file.rotate)  # type: ignore[attr-defined]  # Twisted puts it there
 
     signal.signal(signal.SIGUSR1, rotate)
     return textFileLogObserver(file)

@@ -96,7 +96,7 @@ class Launchd:
     activate: Callable[[str], list[int]] = launch_activate_socket
     _given: dict[str, int] = attrs.field(factory=dict, init=False)
 
-    def parseStreamServer(  # type: ignore[override]  # what the string has
+    def parseStreamServer(  # type: ignore[override]  # its arguments are what our strings have
         self, reactor: Any, name: str
     ) -> AdoptedStreamServerEndpoint:
         """

@@ -440,14 +440,6 @@ class LlamaClient:
         except (KeyError, TypeError, ValueError):
             raise self._no_llama() from None
 
-    async def erase_slot(self, slot: int) -> int:
-        """Empty a slot; the tokens that it held."""
-        said = await self._slot(slot, "erase", {})
-        try:
-            return int(said["n_erased"])
-        except (KeyError, TypeError, ValueError):
-            raise self._no_llama() from None
-
     async def _slot(self, slot: int, action: str, wanted: Mapping[str, Json]) -> Json:
         path = f"/slots/{slot}?action={action}"
         return await self._ask("POST", path, wanted, patience=SLOT_PATIENCE)

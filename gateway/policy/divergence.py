@@ -8,8 +8,7 @@ is the same, and the server no longer held it.
 A prompt is kept as its parts, in the order in which templates render them: tools, system, switches
 that rewrite, messages.  Of each part a digest, a length and a mark for every sixteen characters are
 kept, never its text.  So a place is known to within sixteen characters, and what is logged of it
-holds no word of anybody: its path, role and kind, and names of tools.  The words at a place can be
-looked up (`words_at`) while the newer body is at hand.
+holds no word of anybody: its path, role and kind, and names of tools.
 """
 
 from __future__ import annotations
@@ -264,21 +263,6 @@ def diverge(earlier: Prompt, later: Prompt) -> Divergence:
     if found.offset is not None and new is not None:
         common += min(found.offset, old.size, new.size)  # a character has at least one byte
     return attrs.evolve(found, shared=common, messages=counts)
-
-
-def words_at(body: Mapping[str, Json], place: Divergence, most: int = 24) -> str:
-    """
-    At most so many characters of `body` around the place where it parts; "" where it has none.
-
-    They are somebody's words: for whoever may see the prompt, and never for the log.
-    """
-    if place.offset is None:
-        return ""
-    for part, text in _texts(body, None):
-        if part[0] == place.path:
-            begin = max(0, place.offset - max(0, most - MARKED) // 2)
-            return text[begin : begin + most]
-    return ""
 
 
 def _first_difference(olds: Sequence[Part], news: Sequence[Part]) -> int:

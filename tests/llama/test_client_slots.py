@@ -100,7 +100,7 @@ RESTORED = {
     "n_read": 19_667_540,
     "timings": {"restore_ms": 5.0},
 }
-QUESTIONS = (("save_slot", 1, "a.part"), ("restore_slot", 1, "a.kv"), ("erase_slot", 1))
+QUESTIONS = (("save_slot", 1, "a.part"), ("restore_slot", 1, "a.kv"))
 
 
 def test_a_slot_is_saved(place: Place) -> None:
@@ -119,15 +119,6 @@ def test_a_slot_is_restored(place: Place) -> None:
     place.server.answer(RESTORED)
     place.settle()
     assert asked.results == [Moved(tokens=853, size=19_667_540, seconds=0.005)]
-
-
-def test_a_slot_is_emptied(place: Place) -> None:
-    """The tokens that it held come back."""
-    asked = place.ask("erase_slot", 1)
-    assert place.server.asked == [("/slots/1?action=erase", {})]
-    place.server.answer({"id_slot": 1, "n_erased": 853})
-    place.settle()
-    assert asked.results == [853]
 
 
 @pytest.mark.parametrize("question", QUESTIONS)

@@ -24,7 +24,6 @@ from gateway.policy.divergence import (
     shared,
     should_have,
     whole,
-    words_at,
 )
 from gateway.policy.prefix import prepare
 from gateway.policy.template import Template
@@ -306,7 +305,6 @@ def test_any_two_prompts_part_somewhere(one: Json, other: Json) -> None:
     assert place.sentence
     assert 0 <= place.shared <= min(earlier.size, later.size)
     assert (place.how == "continued") >= (one == other)
-    assert len(words_at(other, place)) <= 24
     assert shared(earlier.fingerprint, later.fingerprint) <= place.shared
     assert orjson.dumps(place.as_json())
 
@@ -324,15 +322,6 @@ def test_nothing_of_a_prompt_is_kept_but_digests() -> None:
     said = repr(kept) + place.sentence + orjson.dumps(place.as_json()).decode()
     said += repr([part.marks for part in kept.parts]) + repr(kept.fingerprint)
     assert not [word for word in secret.split() if word in said]
-
-
-def test_the_words_at_a_place_can_be_looked_up() -> None:
-    """A few of the newer body's characters, with those that differ; none where all is meant."""
-    later = prepared(system=SYSTEM.replace("Rule 27:", "Law 27:"))
-    words = words_at(later, parting(later))
-    assert "Law 27" in words
-    assert len(words) <= 24
-    assert words_at(prepared(), Divergence("another")) == ""
 
 
 def test_names_are_cut_short_in_what_is_said() -> None:
