@@ -30,6 +30,7 @@ import psutil
 import pytest
 
 from tests.e2e import scripted_server
+from tests.e2e.between import Between
 from tests.e2e.callers import ANSWERED, CUT, CUT_BEFORE, OVERLOADED, REFUSED, Caller
 from tests.e2e.clients import eventually
 from tests.e2e.stack import SMOLLM, Running, free_port, run_gateway, start_gateway
@@ -56,61 +57,6 @@ _numbers = count()
 
 
 @attrs.define(eq=False)
-class Between:
-    """
-    Stands between gateway and server; it can keep the slots from being told.
-
-    Attributes:
-        server_port: where the server listens.
-        hangs: whether ``/slots`` is left without an answer.
-    """
-
-    server_port: int
-    hangs: bool = False
-    port: int = attrs.field(default=0, init=False)
-
-    @contextmanager
-    def serving(self) -> Iterator[Between]:
-        """Listen on a free port of 127.0.0.1."""
-        with socket.create_server(("127.0.0.1", 0)) as door:
-            self.port = int(door.getsockname()[1])
-            Thread(target=self._serve, args=(door,), daemon=True).start()
-            try:
-                yield self
-            finally:
-                with suppress(OSError):
-                    door.shutdown(socket.SHUT_RDWR)
-
-    def _serve(self, door: socket.socket) -> None:
-        with suppress(OSError):  # the door was shut
-            while True:
-                client, _ = door.accept()
-                Thread(target=self._meet, args=(client,), daemon=True).start()
-
-    def _meet(self, client: socket.socket) -> None:
-        """One connection, which is one request."""
-        with client, suppress(OSError):
-            asked = client.recv(65536)
-            if asked.startswith(b"GET /slots") and self.hangs:
-                client.recv(1)  # until the gateway hangs up
-                return
-            with socket.create_connection(("127.0.0.1", self.server_port)) as server:
-                server.sendall(asked)
-                Thread(target=_hand_on, args=(client, server), daemon=True).start()
-                _hand_on(server, client)
-
-
-def _hand_on(source: socket.socket, sink: socket.socket) -> None:
-    """All that comes from `source`, to `sink`; when one of them goes, so does the other."""
-    with suppress(OSError):
-        while data := source.recv(65536):
-            sink.sendall(data)
-    for end in (source, sink):
-        with suppress(OSError):
-            end.shutdown(socket.SHUT_RDWR)
-
-
-@attrs.define(eq=False)
 class Stand:
     """
     A gateway whose main server can be made faulty.
@@ -133,7 +79,7 @@ class Stand:
         """One whose server is up; `observed`, if something is to stand before the server."""
         folder.mkdir()
         port = free_port()
-        with Between(port).serving() as between:
+        with Between(port, word=b"GET /slots").serving() as between:
             url = f"http://127.0.0.1:{between.port if observed else port}"
             flags = ("--ctx-size", "4096", "--batch-size", "64", "--cache-ram", "0")
             server = [sys.executable, "-m", "tests.e2e.faulty_server", str(folder / "orders")]

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ import attrs
 import orjson
 import pytest
 
+from tests.e2e.between import Between
 from tests.e2e.stack import GLM_ORDER, SMOLLM, Running, free_port, start_gateway
 from tests.e2e.test_snapshots import body
 
@@ -25,63 +23,6 @@ pytestmark = pytest.mark.server
 
 #: Some two thousand tokens whose answer no model is in doubt of.
 ASKED = body(165)
-
-
-@attrs.define(eq=False)
-class Between:
-    """
-    Stands between the gateway and its server, and does something when a word is asked.
-
-    Attributes:
-        port: where the gateway asks.
-        server_port: where the server listens.
-        word: what is looked for in a request.
-        then: called when it is found, before the request goes on.
-    """
-
-    port: int = attrs.field(factory=free_port)
-    server_port: int = attrs.field(factory=free_port)
-    word: bytes = b"\0"
-    then: Callable[[], None] = lambda: None
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        with socket.create_server(("127.0.0.1", self.port)) as door:
-            threading.Thread(target=self._serve, args=(door,), daemon=True).start()
-            yield
-
-    def _serve(self, door: socket.socket) -> None:
-        with suppress(OSError):
-            while True:
-                client, _ = door.accept()
-                threading.Thread(target=self._carry, args=(client,), daemon=True).start()
-
-    def _carry(self, client: socket.socket) -> None:
-        try:
-            server = socket.create_connection(("127.0.0.1", self.server_port))
-        except OSError:
-            client.close()
-            return
-        threading.Thread(target=_copy, args=(server, client), daemon=True).start()
-        _copy(client, server, self._look)
-
-    def _look(self, data: bytes) -> None:
-        if self.word in data:
-            self.word = b"\0"
-            self.then()
-
-
-def _copy(
-    source: socket.socket, sink: socket.socket, look: Callable[[bytes], None] = lambda _: None
-) -> None:
-    with source, sink:
-        with suppress(OSError):
-            while data := source.recv(65536):
-                look(data)
-                sink.sendall(data)
-        for side in (source, sink):
-            with suppress(OSError):  # closing alone would not wake who reads it
-                side.shutdown(socket.SHUT_RDWR)
 
 
 @attrs.define(eq=False)
@@ -138,8 +79,8 @@ class House:
 
 @pytest.fixture
 def house(tmp_path: Path) -> Iterator[House]:
-    house = House(tmp_path, Between())
-    with house.between.listening():
+    with Between(free_port()).serving() as between:
+        house = House(tmp_path, between)
         house.begin()
         yield house
         house.gateway.stop()

@@ -1,4 +1,4 @@
-"""How a llama-server is asked to save, restore and empty a slot."""
+"""How a llama-server is asked to save and restore a slot."""
 
 from __future__ import annotations
 
