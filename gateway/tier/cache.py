@@ -47,7 +47,7 @@ from gateway.policy.divergence import Cold, Memory, Prompt, shared, whole
 from gateway.policy.order import Rank
 from gateway.tier.line import Line, Permit, Ticket
 from gateway.wire import chat
-from gateway.wire.errors import ApiError
+from gateway.wire.errors import ApiError, Unavailable
 from gateway.wire.events import Usage
 
 Json = Any
@@ -457,7 +457,9 @@ class Cache:
                 moved.seconds,
                 exactly=server.exactly,
             )
-        except (ApiError, Lost, Refused):
+        except Unavailable:
+            raise  # its server is gone, which says nothing of the next try
+        except (ApiError, Refused):
             self._refused_at = self._reactor.seconds()
             raise
         took = self._reactor.seconds() - began

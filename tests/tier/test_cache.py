@@ -234,6 +234,23 @@ def test_a_call_that_comes_while_it_is_saved_waits_no_longer_than_that(scene: Sc
     assert _now(scene.line.join(Ticket())) is not None
 
 
+@pytest.mark.parametrize(
+    ("why", "tried_again"),
+    [(unavailable("Gone."), True), (ApiError("api_error", "No room."), False)],
+)
+def test_only_a_state_that_was_refused_is_left_alone(
+    scene: Scene, why: ApiError, tried_again: bool
+) -> None:
+    """A server that died over it says nothing of its disk: the next one is asked as before."""
+    scene.server.refuses = why
+    scene.opened().call("hi")
+    scene.rest()
+    scene.server.refuses = None
+    scene.call("hi")
+    scene.rest()
+    assert scene.server.asked == ["save", "save"][: 1 + tried_again]
+
+
 def test_a_slot_is_saved_once_more_before_a_stop(scene: Scene) -> None:
     """Without waiting for it to rest, and only if there is anything new."""
     scene.opened().call("hi")
