@@ -195,7 +195,9 @@ class Server:
         stop_grace: seconds that it gets to end by itself before it is killed.
     """
 
-    command: tuple[str, ...] = attrs.field(metadata=_filled)
+    command: tuple[str, ...] = attrs.field(
+        metadata=_must("a program and its arguments", lambda command: len(command) > 0)
+    )
     env: Mapping[str, str] = attrs.field(factory=dict, repr=False)
     manage_flags: bool = True
     max_restarts: int = attrs.field(default=5, metadata=_between(0, 1000))
