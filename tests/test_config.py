@@ -145,7 +145,7 @@ def test_every_mistake_is_said_at_once_with_its_key() -> None:
             "tier.main.url: required",
             "tier.main.kind: expected \"llama-server\", got 'vllm'",
             "tier.main.slots: expected between 1 and 256, got 0",
-            "tier.main.server.command: expected something, got ()",
+            "tier.main.server.command: expected a program and its arguments, got ()",
             f"tier.small.url: {AN_URL}, got 'https://example.org'",
             "tier.small.max_waiting: expected an integer, got a string",
             "route[0].tier: required",
