@@ -14,7 +14,9 @@ from typing import Any
 import attrs
 import pytest
 
-from gateway.cli import Unusable, base_url, longest_answer, main, settings
+from gateway.cli import main
+from gateway.commands.running import Unusable, base_url
+from gateway.commands.settings import longest_answer, settings
 from gateway.config import parse
 from gateway.policy.calls import KINDS
 

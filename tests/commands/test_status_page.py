@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from gateway.status_page import page, watch
+from gateway.commands.status_page import page, watch
 
 SERVER = {"alias": "/models/GLM-5.gguf", "n_ctx": 65536, "slots": 1, "build": "b1"}
 MAIN = {

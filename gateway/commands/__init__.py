@@ -1,0 +1,1 @@
+"""The commands of ``claudegw``, beside the running gateway and not in it."""
