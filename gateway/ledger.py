@@ -2,7 +2,7 @@
 One record a call: what it was, where it went, what it cost.
 
 A record is opened when a call comes in and closed by what became of it, with one structured log
-line.  It holds no body, no prompt and no key.
+line; then the disk keeps it (`gateway.history`).  It holds no body, no prompt and no key.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from twisted.internet.defer import CancelledError
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
+from gateway.history import History
 from gateway.wire.errors import ApiError
 from gateway.wire.events import Usage
 
@@ -163,13 +164,33 @@ class _Chart:
 
 @attrs.define(eq=False)
 class Ledger:
-    """All records of this process: those that are open, and the last that were closed."""
+    """
+    All records of this process: those that are open, and the last that were closed.
+
+    Attributes:
+        history: what keeps them for the next process; None keeps none.
+        heard: told of each call that is over, as `Record.as_json` has it.
+    """
 
     _clock: IReactorTime
     _wall: Callable[[], float] = time.time
+    history: History | None = None
+    heard: list[Callable[[Mapping[str, Json]], None]] = attrs.field(factory=list, init=False)
     _open: dict[str, Record] = attrs.field(factory=dict, init=False)
     _closed: deque[dict[str, Json]] = attrs.field(factory=lambda: deque(maxlen=_KEPT), init=False)
     _chart: _Chart = attrs.field(factory=_Chart, init=False)
+
+    def start(self) -> None:
+        """Know what the last process knew, and begin to write."""
+        if self.history is not None:
+            for closed in self.history.start(self._wall() - _STEP * _STEPS, _KEPT):
+                self._closed.append(closed)
+                self._chart.add(closed)
+
+    def stop(self) -> None:
+        """Have everything written."""
+        if self.history is not None:
+            self.history.stop()
 
     @contextmanager
     def call(self, identity: str) -> Iterator[Record]:
@@ -217,6 +238,7 @@ class Ledger:
         return {
             "calls": [record.as_json(now) for record in self._open.values()],
             "last": [*reversed(self._closed)],
+            "ledger": None if self.history is None else self.history.status(),
         }
 
     def _close(self, record: Record) -> None:
@@ -224,6 +246,10 @@ class Ledger:
         closed = record.as_json(now)
         self._closed.append(closed)
         self._chart.add(closed)
+        if self.history is not None:
+            self.history.put(closed)
+        for hear in self.heard:
+            hear(closed)
         log.info(
             "{id} {kind} {model!r} -> {tier} ({rule}): {outcome},"
             " waited {waited} s, took {took} s,"
