@@ -19,6 +19,7 @@ from werkzeug.exceptions import HTTPException
 from gateway.dispatch import Dispatch
 from gateway.policy.routes import MODEL_PREFIX
 from gateway.web.access import BoundedRequest, write_error
+from gateway.web.metrics import Metrics
 from gateway.wire.errors import ApiError, stopping
 
 Json = Any
@@ -97,12 +98,17 @@ class Api:
     Attributes:
         dispatch: answers the calls.
         version: ours, for ``/status``.
+        metrics: what ``/metrics`` says.
     """
 
     dispatch: Dispatch
     version: str
+    metrics: Metrics = attrs.field(init=False)
     _under_way: set[Deferred[bytes | None]] = attrs.field(factory=set, init=False)
     app: ClassVar[Klein] = _app()
+
+    def __attrs_post_init__(self) -> None:
+        self.metrics = Metrics(self.dispatch, self.version)
 
     # --- the Messages API -------------------------------------------------------------------------
 
@@ -162,6 +168,12 @@ class Api:
     @app.route("/status", methods=["GET"])
     def status(self, request: BoundedRequest) -> bytes:
         return _json(request, {"version": self.version, **self.dispatch.status()})
+
+    @app.route("/metrics", methods=["GET"])
+    def figures(self, request: BoundedRequest) -> bytes:
+        text, content_type = self.metrics.text(request.getHeader("accept") or "")
+        request.setHeader("content-type", content_type)
+        return text
 
     # --- the end of the day -----------------------------------------------------------------------
 
