@@ -19,7 +19,7 @@ from werkzeug.exceptions import HTTPException
 from gateway.dispatch import Dispatch
 from gateway.policy.routes import MODEL_PREFIX
 from gateway.web.access import BoundedRequest, write_error
-from gateway.web.metrics import Metrics
+from gateway.web.metrics import CONTENT_TYPE, Metrics
 from gateway.wire.errors import ApiError, stopping
 
 Json = Any
@@ -171,9 +171,8 @@ class Api:
 
     @app.route("/metrics", methods=["GET"])
     def figures(self, request: BoundedRequest) -> bytes:
-        text, content_type = self.metrics.text(request.getHeader("accept") or "")
-        request.setHeader("content-type", content_type)
-        return text
+        request.setHeader("content-type", CONTENT_TYPE)
+        return self.metrics.text()
 
     # --- the end of the day -----------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ import attrs
 import psutil
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.exposition import choose_encoder
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.registry import Collector
 
 from gateway.dispatch import Dispatch
@@ -26,6 +26,8 @@ from gateway.llama.child import State
 from gateway.policy.calls import KINDS
 
 Json = Any
+
+CONTENT_TYPE: Final = CONTENT_TYPE_PLAIN_0_0_4
 
 #: Seconds: a warm answer begins within one, a cold prompt takes minutes, a line of them an hour.
 BUCKETS: Final = (
@@ -128,15 +130,9 @@ class Metrics:
             self._registry.register(_Collected(collect))
         _process(self._registry)
 
-    def text(self, accept: str) -> tuple[bytes, str]:
-        """
-        All of it, in the form that ``Accept`` asks for.
-
-        Returns:
-            The body, and its content type.
-        """
-        encode, content_type = choose_encoder(accept)
-        return encode(self._registry), content_type
+    def text(self) -> bytes:
+        """All of it, as `CONTENT_TYPE`; OpenMetrics takes half as long again to write."""
+        return generate_latest(self._registry)
 
     # --- what the ledger tells --------------------------------------------------------------------
 
