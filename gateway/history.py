@@ -3,12 +3,13 @@ The ledger on the disk: one row for each call that is over, and nothing of what 
 
 One thread writes, so that no call waits for a disk.  Rows wait for it in a queue that is bounded;
 what finds it full is counted and left out.  The file is bounded by the age and the number of its
-rows.  Whatever goes wrong with it costs rows and no call: it is logged once, until a row gets
-through again.  A file that is broken, or somebody else's, is set aside, and a new one is begun.
+rows.  Whatever goes wrong with it costs rows and no call: they are counted, and it is logged, once
+an hour at most.  A file that is broken, or somebody else's, is set aside, and a new one is begun.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import sqlite3
 import time
@@ -102,6 +103,9 @@ _BATCH: Final = 1024
 #: Seconds after which old rows go, also when no new ones come.
 _TIDY: Final = 3600.0
 
+#: Seconds for which nothing is said again of a file that cannot be written.
+_QUIET: Final = 3600.0
+
 #: Seconds that the last rows get to be written when the service stops.
 _FLUSH: Final = 5.0
 
@@ -160,7 +164,7 @@ class History:
     _queue: SimpleQueue[Mapping[str, Json] | None] = attrs.field(factory=SimpleQueue, init=False)
     _thread: Thread | None = attrs.field(default=None, init=False)
     _connection: sqlite3.Connection | None = attrs.field(default=None, init=False)
-    _fails: bool = attrs.field(default=False, init=False)
+    _said_at: float = attrs.field(default=-math.inf, init=False)
 
     # --- in the reactor's thread ------------------------------------------------------------------
 
@@ -256,13 +260,11 @@ class History:
                 self._do(work)
         except Exception as error:  # noqa: BLE001  # whatever it is, no call may feel it
             self._close()
-            if not self._fails:
+            # A disk that is nearly full takes one row and not the next.
+            if self._wall() - self._said_at > _QUIET:
+                self._said_at = self._wall()
                 self._say(log.warn, "{path} cannot be written, calls go on: {why}", error)
-            self._fails = True
             return False
-        if self._fails:
-            self._say(log.info, "{path} can be written again")
-        self._fails = False
         return True
 
     def _do(self, work: Callable[[sqlite3.Connection], None]) -> None:
