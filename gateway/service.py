@@ -26,6 +26,7 @@ from twisted.logger import Logger
 from twisted.python import usage
 from twisted.python.failure import Failure
 
+from gateway.capture import Capture
 from gateway.changes import Changes, between
 from gateway.config import MIB, Config, ConfigError, Server, load
 from gateway.config import Tier as Wanted
@@ -176,6 +177,7 @@ class House(MultiService):
 
     def startService(self) -> None:
         self.api.dispatch.ledger.start()
+        self.api.capture = _capture(self.config)
         for tier in self.tiers.values():
             _start(tier)
         self._reactor.callWhenRunning(self._take_signals)
@@ -241,6 +243,7 @@ class House(MultiService):
         self._site.access = _access(config)
         if dispatch.ledger.history is not None:
             dispatch.ledger.history.adopt(_bounds(config))
+        self.api.capture = _capture(config)
         for name in changes.added:
             _start(dispatch.tiers[name])
         for name in changes.removed:
@@ -329,6 +332,18 @@ def _access(config: Config) -> Access:
 
 def _bounds(config: Config) -> Bounds:
     return Bounds(config.gateway.ledger_days, config.gateway.ledger_rows)
+
+
+def _capture(config: Config) -> Capture | None:
+    """What keeps the bodies of calls, if anything does: loudly."""
+    capture = Capture.of(config)
+    if capture is not None:
+        log.warn(
+            "capture is on: all that calls say is written to {folder}; when the mistake is found,"
+            " turn it off and remove the folder",
+            folder=str(capture.folder),
+        )
+    return capture
 
 
 def _limits(wanted: Wanted, server: Server) -> Limits:

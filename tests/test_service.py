@@ -488,3 +488,16 @@ def test_a_house_knows_the_calls_of_the_one_before(estate: Estate) -> None:
         estate.stop()
         estate.process("main").ends()
     assert [each["id"] for each in known] == ["one"]
+
+
+def test_a_house_that_captures_says_so(estate: Estate) -> None:
+    """At its start and when it reads its configuration again, for as long as it does."""
+    estate.stands("capture = 1\n", tier("main"))
+    assert estate.house.api.capture is not None
+    assert estate.said.count("capture is on") == 1
+    estate.reads("capture = 2\n", tier("main"))
+    assert estate.house.api.capture.budget == 2 * 2**20
+    assert estate.said.count("capture is on") == 2
+    estate.reads(tier("main"))
+    assert estate.house.api.capture is None
+    assert estate.said.count("capture is on") == 2
