@@ -108,10 +108,9 @@ def test_a_call_is_counted(house: Household) -> None:
     ]
     for name, tokens in (("cached", 6), ("prefilled", 8), ("generated", 2), ("avoidable", 0)):
         assert said.value(f"claudegw_{name}_tokens_total", tier="main") == tokens
-    for name, total in (("wait", 0), ("first_content", 4)):
-        where = {"tier": "main", "background": "false"}
-        assert said.value(f"claudegw_{name}_seconds_sum", **where) == total
-        assert said.value(f"claudegw_{name}_seconds_count", **where) == 2
+    for name, total, more in (("wait", 0, {"background": "false"}), ("first_content", 4, {})):
+        assert said.value(f"claudegw_{name}_seconds_sum", tier="main", **more) == total
+        assert said.value(f"claudegw_{name}_seconds_count", tier="main", **more) == 2
     assert said.value("claudegw_first_content_seconds_bucket", le="1.0") == 0
     assert said.value("claudegw_first_content_seconds_bucket", le="2.5") == 2
 
