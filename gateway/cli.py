@@ -3,8 +3,9 @@ The ``claudegw`` command.
 
 ``claudegw settings`` prints what Claude Code needs to work well on this gateway, with the windows
 that the running gateway measured (docs/protocol.md, "The client's settings").  ``claudegw status``
-shows what that gateway does: its models, the calls under way, those in line.  ``claudegw launchd``
-prints what makes launchd start it.
+shows what that gateway does: its models, the calls under way, those in line; with ``--last N``, the
+calls that are over, also those of a gateway that is down.  ``claudegw launchd`` prints what makes
+launchd start it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any, Final
 from rich.console import Console
 
 from gateway.commands import status_page
+from gateway.commands.last import last_calls
 from gateway.commands.running import Unusable, ask
 from gateway.commands.settings import settings, windows
 from gateway.config import Config, ConfigError, load
@@ -67,9 +69,19 @@ def _parser() -> ArgumentParser:
     wanted = command("status", _status, "show what the running gateway does, live")
     wanted.add_argument("--once", action="store_true", help="show it once; so does a pipe")
     wanted.add_argument("--json", action="store_true", help="print it once, as the gateway says it")
+    wanted.add_argument(
+        "--last", type=_counting, metavar="N", help="list the last N calls; the gateway may be down"
+    )
     wanted = command("launchd", _launchd, "print a LaunchAgent that starts the gateway on a Mac")
     wanted.add_argument("--install", action="store_true", help="put it into its place instead")
     return parser
+
+
+def _counting(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise ValueError(text)
+    return count
 
 
 def _settings(config: Config, options: Namespace) -> None:
@@ -82,6 +94,13 @@ def _settings(config: Config, options: Namespace) -> None:
 
 
 def _status(config: Config, options: Namespace) -> None:
+    if options.last is not None:
+        calls = last_calls(config, options.last)
+        if options.json:
+            print(json.dumps(calls, indent=2))
+        else:
+            Console().print(status_page.listed(calls))
+        return
     look = partial(ask, config, "/status")
     if options.json:
         print(json.dumps(look(), indent=2))

@@ -158,6 +158,9 @@ class Gateway:
         grace: seconds that answers under way get to end when the service stops.
         start_after: seconds after which a waiting stream is begun before the model begins it.
         snapshot_budget: MiB that saved slots may have on the disk; 0 saves none.
+        ledger_days: days for which calls that are over stay on the disk; 0 writes none down.
+        ledger_rows: how many of them stay at most; 0 writes none down.
+        capture: MiB that the bodies of calls may have on the disk, to find a mistake; 0 keeps none.
     """
 
     listen: str = attrs.field(
@@ -178,6 +181,9 @@ class Gateway:
     grace: float = attrs.field(default=30.0, metadata=_between(0, 3600))
     start_after: float = attrs.field(default=500.0, metadata=_between(1, 590))
     snapshot_budget: int = attrs.field(default=32 * 1024, metadata=_between(0))
+    ledger_days: int = attrs.field(default=30, metadata=_between(0, 36_500))
+    ledger_rows: int = attrs.field(default=100_000, metadata=_between(0, 100_000_000))
+    capture: int = attrs.field(default=0, metadata=_between(0, 1024 * 1024))
 
 
 @attrs.frozen

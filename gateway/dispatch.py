@@ -122,7 +122,7 @@ class Dispatch:
                 ready = await self._prepare(request, headers, caller, record)
                 repair.tier = ready.tier.name
                 teller.ready(partial(ready.tier.counter.count, ready.body))
-                ticket = _ticket(ready)
+                ticket = _ticket(ready, partial(self.ledger.content, record))
                 asking = self._asking(ready, ticket, form, repair)
                 await ready.tier.deaths.during(ticket, partial(asking, teller))
 
@@ -336,7 +336,7 @@ def _at_most(body: Mapping[str, Json]) -> int:
     return len(orjson.dumps(body)) + _PREAMBLE + _EACH_TOOL * len(body.get("tools", ()))
 
 
-def _ticket(ready: _Prepared) -> Ticket:
+def _ticket(ready: _Prepared, content: Callable[[], None]) -> Ticket:
     """What the line is told of a call."""
     call, body = ready.call, ready.body
 
@@ -355,6 +355,7 @@ def _ticket(ready: _Prepared) -> Ticket:
         cache(partial(ready.tier.pace.seen, body)),
         ready.record.arrived,
         ready.record.knows_cold,
+        content,
     )
 
 

@@ -26,6 +26,7 @@ from twisted.logger import Logger
 from twisted.python import usage
 from twisted.python.failure import Failure
 
+from gateway.capture import Capture
 from gateway.changes import Changes, between
 from gateway.config import MIB, Config, ConfigError, Server, load
 from gateway.config import Tier as Wanted
@@ -33,6 +34,7 @@ from gateway.daemon.log import Logged, log_file
 from gateway.daemon.notify import READY, notify, reloading, stopping
 from gateway.daemon.sockets import check_door
 from gateway.dispatch import Dispatch
+from gateway.history import FILE, Bounds, History
 from gateway.ledger import Ledger
 from gateway.llama import ram
 from gateway.llama.child import Child, Limits, State
@@ -155,7 +157,9 @@ class House(MultiService):
         stores = _Stores(gateway.snapshot_budget * MIB)
         tiers = {name: _tier(config, name, reactor, stores) for name in config.tier}
         times = Times(start=gateway.start_after)
-        dispatch = Dispatch(tiers, config.route, Ledger(reactor), times, reactor)
+        history = History(gateway.state_dir / FILE, _bounds(config), reactor)
+        ledger = Ledger(reactor, history=history)
+        dispatch = Dispatch(tiers, config.route, ledger, times, reactor)
         api = Api(dispatch, version("claudegw"))
         factory = site(api.app.resource(), _access(config), reactor)
         door = strports.service(gateway.listen, factory, reactor)
@@ -172,6 +176,8 @@ class House(MultiService):
     # --- start ------------------------------------------------------------------------------------
 
     def startService(self) -> None:
+        self.api.dispatch.ledger.start()
+        self.api.capture = _capture(self.config)
         for tier in self.tiers.values():
             _start(tier)
         self._reactor.callWhenRunning(self._take_signals)
@@ -235,6 +241,9 @@ class House(MultiService):
         self._stores.adopt(config.gateway.snapshot_budget * MIB)
         dispatch.rules, dispatch.times = config.route, Times(start=config.gateway.start_after)
         self._site.access = _access(config)
+        if dispatch.ledger.history is not None:
+            dispatch.ledger.history.adopt(_bounds(config))
+        self.api.capture = _capture(config)
         for name in changes.added:
             _start(dispatch.tiers[name])
         for name in changes.removed:
@@ -313,11 +322,28 @@ class House(MultiService):
         await gatherResults([Deferred.fromCoroutine(tier.cache.rest(left)) for tier in tiers])
         children = [tier.child for tier in tiers if tier.child is not None]
         await gatherResults([child.stopService() for child in children])
+        self.api.dispatch.ledger.stop()
 
 
 def _access(config: Config) -> Access:
     gateway = config.gateway
     return Access(gateway.token, gateway.hosts, gateway.body_limit)
+
+
+def _bounds(config: Config) -> Bounds:
+    return Bounds(config.gateway.ledger_days, config.gateway.ledger_rows)
+
+
+def _capture(config: Config) -> Capture | None:
+    """What keeps the bodies of calls, if anything does: loudly."""
+    capture = Capture.of(config)
+    if capture is not None:
+        log.warn(
+            "capture is on: all that calls say is written to {folder}; when the mistake is found,"
+            " turn it off and remove the folder",
+            folder=str(capture.folder),
+        )
+    return capture
 
 
 def _limits(wanted: Wanted, server: Server) -> Limits:

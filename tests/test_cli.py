@@ -18,6 +18,8 @@ from gateway.cli import main
 from gateway.commands.running import Unusable, base_url
 from gateway.commands.settings import longest_answer, settings
 from gateway.config import parse
+from gateway.history import FILE, Bounds, History
+from gateway.ledger import Record
 from gateway.policy.calls import KINDS
 
 MAIN = {"url": "http://127.0.0.1:1"}
@@ -223,6 +225,90 @@ def test_without_a_gateway_there_is_no_status(
     assert said.out == ""
     assert said.err.startswith("claudegw: No gateway answers at http://127.0.0.1:1 (")
     assert said.err.count("\n") == 1
+
+
+# --- the calls that are over ----------------------------------------------------------------------
+
+
+def past(*numbers: int) -> list[Any]:
+    """Calls of these numbers."""
+    return [
+        Record(f"req_{number}", 1e9 + number, 0.0, kind="turn", tier="main").as_json(0.0)
+        for number in numbers
+    ]
+
+
+@pytest.fixture
+def file(door: Door, tmp_path: Path) -> Path:
+    """A ledger with six calls, in the state folder of the door's configuration."""
+    state = tmp_path / "state"
+    state.mkdir()
+    text = door.config.read_text()
+    door.config.write_text(text.replace("[gateway]", f"[gateway]\nstate_dir = '{state}'"))
+    writer = History(state / FILE, Bounds(36_500, 100), None)
+    writer.start()
+    for call in past(1, 2, 3, 4, 5, 6):
+        writer.put(call)
+    writer.stop()
+    return state / FILE
+
+
+def listed(door: Door, capsys: pytest.CaptureFixture[str], count: int) -> list[str]:
+    """The ids that ``status --last`` prints."""
+    assert main(["status", "--last", str(count), "--json", "--config", str(door.config)]) == 0
+    return [call["id"] for call in json.loads(capsys.readouterr().out)]
+
+
+def test_the_last_calls_of_a_running_gateway(
+    door: Door, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is asked first; the file has those that it does not remember."""
+    door.said = {**STATUS, "last": past(8, 7)}
+    assert listed(door, capsys, 2) == ["req_8", "req_7"]
+    assert listed(door, capsys, 1) == ["req_8"]
+    assert listed(door, capsys, 4) == ["req_6", "req_5", "req_4", "req_3"]
+    file.unlink()
+    assert listed(door, capsys, 4) == ["req_8", "req_7"]
+
+
+def test_the_last_calls_of_a_gateway_that_is_down(
+    door: Door, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They are read from its file, and nothing is changed there."""
+    door.status = 500
+    before = file.read_bytes()
+    assert listed(door, capsys, 2) == ["req_6", "req_5"]
+    assert main(["status", "--last", "50", "--config", str(door.config)]) == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split()[:3] == ["when", "kind", "tier"]
+    assert len(rows) == 6
+    assert "Sep" in rows[0]
+    assert "turn" in rows[0]
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("left", [None, b"no ledger" * 1000])
+def test_no_calls_anywhere(
+    left: bytes | None, door: Door, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Why neither can say anything is one sentence each."""
+    file.unlink()
+    if left is not None:
+        file.write_bytes(left)
+    door.status, door.said = 401, {"error": {"message": "Wrong key."}}
+    assert main(["status", "--last", "5", "--config", str(door.config)]) == 1
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1)
+    assert "The gateway says: Wrong key. Nor can its ledger be read (" in said.err
+    assert file.exists() == (left is not None)
+
+
+@pytest.mark.parametrize("count", ["0", "-3", "many"])
+def test_no_number_of_calls(count: str, door: Door, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is told as any other mistake of the command line."""
+    with pytest.raises(SystemExit):
+        main(["status", f"--last={count}", "--config", str(door.config)])
+    assert "--last" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["status", "settings"])

@@ -11,7 +11,8 @@ from twisted.logger import LogEvent, formatEvent
 
 from gateway.ledger import Ledger
 from gateway.wire.errors import ApiError, invalid
-from tests.house import Household, turn
+from gateway.wire.events import Usage
+from tests.house import HELLO, Household, turn
 
 
 @pytest.mark.parametrize(
@@ -47,6 +48,127 @@ def test_waits_and_work_are_told_apart() -> None:
     clock.advance(50)
     (ended,) = ledger.status()["last"]
     assert (ended["waited"], ended["took"]) == (3, 4)
+
+
+def test_the_first_content_is_counted_from_the_turn() -> None:
+    """Neither the wait before its turn counts, nor what came before its server went away."""
+    clock = Clock()
+    ledger = Ledger(clock)
+    with ledger.call("req_1") as record:
+        clock.advance(3)
+        ledger.started(record)
+        assert ledger.status()["calls"][0]["first"] is None
+        clock.advance(1)
+        ledger.content(record)
+        record.again()
+        assert ledger.status()["calls"][0]["first"] is None
+        clock.advance(2)
+        ledger.started(record)
+        clock.advance(4)
+        ledger.content(record)
+        clock.advance(5)
+        ledger.content(record)
+    (ended,) = ledger.status()["last"]
+    assert (ended["waited"], ended["first"], ended["took"]) == (6, 4, 9)
+
+
+def test_a_record_says_when_it_came() -> None:
+    """By the clock on the wall, whatever the reactor's counts from."""
+    ledger = Ledger(Clock(), lambda: 1_800_000_000.25)
+    with ledger.call("req_1"):
+        assert ledger.status()["calls"][0]["at"] == 1_800_000_000.25
+    assert ledger.status()["last"][0]["at"] == 1_800_000_000.25
+
+
+def test_an_answer_has_its_first_content() -> None:
+    """A stream, a whole message and an answer under a schema alike; not before there is content."""
+    house = Household.built()
+    for is_streamed in (True, False):
+        house.ask(turn(stream=is_streamed))
+        (held,) = house.main.held
+        house.wait(2)
+        held.begin()
+        held.send(HELLO[0])
+        house.wait(3)
+        assert house.api.dispatch.status()["calls"][0]["first"] is None
+        held.send(*HELLO[1:3])
+        house.wait(4)
+        held.send(*HELLO[3:])
+        held.finish()
+        house.settle()
+        house.main.held.clear()
+        last = house.api.dispatch.status()["last"][0]
+        assert (last["first"], last["took"]) == (5, 9)
+    house.main.completions = ['{"n": 1}']
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    house.ask(turn(output_config={"format": {"type": "json_schema", "schema": schema}}))
+    last = house.api.dispatch.status()["last"][0]
+    assert (last["outcome"], last["first"]) == ("answered", 0)
+
+
+# --- the chart ------------------------------------------------------------------------------------
+
+
+def test_an_empty_chart_has_all_its_steps() -> None:
+    """Six hours of five minutes each, up to now."""
+    chart = Ledger(Clock(), lambda: 1_800_000_000.0).chart()
+    assert len(chart) == 72
+    assert [step["at"] for step in chart] == [
+        1_800_000_000 - 300 * number for number in reversed(range(72))
+    ]
+    empty = {"calls": 0, "input": 0, "cached": 0, "output": 0, "first": None}
+    assert all(step == {"at": step["at"], **empty} for step in chart)
+
+
+def test_a_call_is_where_it_ended() -> None:
+    """Its tokens are added up, its first content is a mean, and after six hours it is forgotten."""
+    clock = Clock()
+    clock.advance(1_800_000_000 + 299)
+    ledger = Ledger(clock, clock.seconds)
+    for first in (1, 2, None):
+        with ledger.call("req_1") as record:
+            record.kind, record.usage = "turn", Usage(10, 20, 30)
+            ledger.started(record)
+            if first is not None:
+                record.first = record.started + first  # type: ignore[operator]
+            clock.advance(1)
+    last, now = ledger.chart()[-2:]
+    assert (last["calls"], now["calls"]) == (0, 3)
+    assert now == {
+        "at": 1_800_000_300,
+        "calls": 3,
+        "input": 30,
+        "cached": 60,
+        "output": 90,
+        "first": 1.5,
+    }
+    clock.advance(71 * 300)
+    assert ledger.chart()[0] == now
+    clock.advance(300)
+    assert not any(step["calls"] for step in ledger.chart())
+
+
+def test_a_count_is_in_no_chart() -> None:
+    """Its tokens were evaluated by nobody."""
+    clock = Clock()
+    ledger = Ledger(clock, clock.seconds)
+    with ledger.call("req_1") as record:
+        record.kind, record.usage.input = "count", 1000
+    assert ledger.chart()[-1]["calls"] == 0
+
+
+def test_a_chart_that_nobody_looks_at_does_not_grow() -> None:
+    """It forgets by itself."""
+    clock = Clock()
+    ledger = Ledger(clock, clock.seconds)
+    for _ in range(100):
+        with ledger.call("req_1"):
+            clock.advance(300)
+    assert len(ledger._chart._steps) == 72
+    assert all(step["calls"] for step in ledger.chart())
+
+
+# --- what is kept ---------------------------------------------------------------------------------
 
 
 def test_only_the_last_hundred_are_kept() -> None:

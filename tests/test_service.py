@@ -15,6 +15,7 @@ from twisted.internet.task import deferLater
 from twisted.logger import LogEvent, LogLevel, formatEvent
 
 from gateway.config import load
+from gateway.history import FILE, last
 from gateway.llama.child import Health, State
 from gateway.llama.client import LlamaClient, Props
 from gateway.policy.calls import KINDS
@@ -453,3 +454,50 @@ def test_slots_are_saved_within_what_answers_leave_of_the_grace(
     assert granted == [100, 100]
     estate.reactor.advance(2)
     assert estate.process("main").signals == ["TERM"]
+
+
+# --- the ledger -----------------------------------------------------------------------------------
+
+
+def test_a_house_writes_its_calls_down(estate: Estate) -> None:
+    """From the first to the last; the bounds may change, and 0 writes none."""
+
+    def call(identity: str) -> None:
+        with estate.house.api.dispatch.ledger.call(identity):
+            pass
+
+    estate.stands(tier("main"))
+    call("one")
+    estate.reads("ledger_rows = 2\n", tier("main"))
+    call("two")
+    call("three")
+    estate.stop()
+    call("the last answer")
+    estate.process("main").ends()
+    written = [each["id"] for each in last(estate.folder / FILE, 9)]
+    assert written == ["the last answer", "three"]
+
+
+def test_a_house_knows_the_calls_of_the_one_before(estate: Estate) -> None:
+    """From the first moment on."""
+    for _ in range(2):
+        estate.stands(tier("main"))
+        known = estate.house.api.dispatch.status()["last"]
+        with estate.house.api.dispatch.ledger.call("one"):
+            pass
+        estate.stop()
+        estate.process("main").ends()
+    assert [each["id"] for each in known] == ["one"]
+
+
+def test_a_house_that_captures_says_so(estate: Estate) -> None:
+    """At its start and when it reads its configuration again, for as long as it does."""
+    estate.stands("capture = 1\n", tier("main"))
+    assert estate.house.api.capture is not None
+    assert estate.said.count("capture is on") == 1
+    estate.reads("capture = 2\n", tier("main"))
+    assert estate.house.api.capture.budget == 2 * 2**20
+    assert estate.said.count("capture is on") == 2
+    estate.reads(tier("main"))
+    assert estate.house.api.capture is None
+    assert estate.said.count("capture is on") == 2

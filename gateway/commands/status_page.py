@@ -8,6 +8,7 @@ is not known is not shown.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any, Final
@@ -59,6 +60,12 @@ def page(status: Json) -> RenderableType:
         *(_section("In line", _waiting(waiting)) if waiting else ()),
         *_section("Last calls", _past(last) if last else _nothing("No call has ended yet.")),
     )
+
+
+def listed(calls: Sequence[Json]) -> RenderableType:
+    """Calls that are over, in this order, each with when it came."""
+    known = [_mapping(call) for call in calls]
+    return _past(known, dated=True) if known else _nothing("No call has ended yet.")
 
 
 def _section(title: str, content: RenderableType) -> tuple[RenderableType, ...]:
@@ -170,15 +177,17 @@ def _waiting(calls: Sequence[Mapping[str, Json]]) -> RenderableType:
     return Group(table, _nothing(f"and {_count(more)} more")) if more > 0 else table
 
 
-def _past(calls: Sequence[Mapping[str, Json]]) -> Table:
-    table = _table("kind", "tier", "=waited", "=took", "=new", "=cached", "=out", "outcome")
+def _past(calls: Sequence[Mapping[str, Json]], *, dated: bool = False) -> Table:
+    columns = ("kind", "tier", "=waited", "=took", "=new", "=cached", "=out", "outcome")
+    table = _table(*(("when", *columns) if dated else columns))
     for call in calls:
         times = _duration(call.get("waited")), _duration(call.get("took"))
         tokens = (_count(call.get(name)) for name in ("input", "cached", "output"))
         outcome = _text(call.get("outcome"))
         if outcome.plain not in ("answered", "cancelled"):
             outcome.stylize("red")
-        table.add_row(*_who(call), *map(_text, (*times, *tokens)), outcome)
+        when = (_text(_moment(call.get("at"))),) if dated else ()
+        table.add_row(*when, *_who(call), *map(_text, (*times, *tokens)), outcome)
     return table
 
 
@@ -232,6 +241,15 @@ def _count(value: Json) -> str:
     """A whole number, its thousands apart."""
     number = _number(value)
     return "" if number is None else f"{number:,.0f}".replace(",", " ")
+
+
+def _moment(value: Json) -> str:
+    """Seconds of the epoch, on this machine's clock."""
+    number = _number(value)
+    try:
+        return "" if number is None else time.strftime("%d %b %H:%M:%S", time.localtime(number))
+    except (OverflowError, OSError, ValueError):
+        return ""
 
 
 def _speed(value: Json) -> str:

@@ -151,6 +151,11 @@ class Child(Service):
         return None if self._core.process is None else self._core.process.pid
 
     @property
+    def starts(self) -> int:
+        """How often a process was started for it."""
+        return self._core.starts
+
+    @property
     def started_with(self) -> tuple[Sequence[str], Mapping[str, str]]:
         """Command and environment of its last start; before that, of its first."""
         return self._core.started_with or (self.command, self.env)
@@ -214,6 +219,7 @@ class _Core:
         since: when it came into its state.
         reason: why it is not ready, or why it ended last; None before that.
         started_with: its command and environment at the last start.
+        starts: how often it was started.
         in_doubt: another server answered before it was started.  If that one has its place, it
             ends while it is young.
         failures: ends since it last stayed ready; the pause grows with them.
@@ -230,6 +236,7 @@ class _Core:
     process: IProcessTransport | None = None
     output: Output | None = None
     started_with: tuple[list[str], dict[str, str]] | None = None
+    starts: int = 0
     spawned: float = 0.0
     in_doubt: bool = False
     failures: int = 0
@@ -310,6 +317,7 @@ class _Core:
         )
         self.process = self.reactor.spawnProcess(output, words[0], words, env=whole_env)
         self.output = output
+        self.starts += 1
         self.record.write(self.process.pid, command)
 
     def gone(self) -> None:

@@ -178,6 +178,8 @@ async def from_model(
             except EventTooLong as error:
                 raise ApiError("api_error", f"The model server sent {error}.") from None
             finally:
+                if repair.has_content:
+                    ticket.content()
                 teller.tell(told)
 
         await answer.stream(receive, teller.meet)
@@ -218,6 +220,7 @@ async def under_schema(
             started()
             await under_way.begin(body)
             completion = await constrained.complete(tier.client, body, form, tokens)
+            ticket.content()
         except ApiError:
             under_way.finished()
             raise

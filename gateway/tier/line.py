@@ -66,6 +66,7 @@ class Ticket:
         seen: gives the share of the prompt that the server has likely kept.
         arrived: when it came to us, in seconds on the line's clock; None is now.
         cold: told, as JSON, why its prompt was as cold as it was.
+        content: told, once or more often, that there is content of its answer.
     """
 
     rank: Rank = Rank.PERSON
@@ -76,6 +77,7 @@ class Ticket:
     seen: Callable[[], float] = lambda: 0.0
     arrived: float | None = None
     cold: Callable[[Any], None] = lambda _: None
+    content: Callable[[], None] = lambda: None
 
 
 @attrs.define(eq=False)

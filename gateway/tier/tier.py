@@ -405,6 +405,11 @@ class Tier:
                 found.append(switch)
         return tuple(found)
 
+    @property
+    def waiting(self) -> int:
+        """Calls that wait, in line or for its server."""
+        return self.line.waiting + len(self._awaiting)
+
     def turns(self) -> dict[str, tuple[int, float | None]]:
         """The place of each waiting call, from 1, and, for the first ones, its seconds to go."""
         tickets = self.line.places()
@@ -424,7 +429,7 @@ class Tier:
             "slots": self.config.slots,
             "running": self.line.running,
             "settling": self.line.settling,
-            "waiting": self.line.waiting + len(self._awaiting),
+            "waiting": self.waiting,
             "pace": self.pace.status(),
             "cache": self.cache.status(),
             "process": None if self.child is None else self.child.status(),

@@ -16,9 +16,11 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from werkzeug.exceptions import HTTPException
 
+from gateway.capture import MOST, Capture
 from gateway.dispatch import Dispatch
 from gateway.policy.routes import MODEL_PREFIX
 from gateway.web.access import BoundedRequest, write_error
+from gateway.web.metrics import CONTENT_TYPE, Metrics
 from gateway.wire.errors import ApiError, stopping
 
 Json = Any
@@ -36,10 +38,16 @@ def _app() -> Klein:
 
 @attrs.define(eq=False)
 class Reply:
-    """The client's side of one request (`gateway.tier.answer.Client`)."""
+    """
+    The client's side of one request (`gateway.tier.answer.Client`).
+
+    Attributes:
+        told: what it was told so far, for who keeps it; None where nobody does.
+    """
 
     request: BoundedRequest
     begun: bool = False
+    told: bytearray | None = None
     _producing: bool = False
     _severed: Deferred[None] | None = None
 
@@ -60,6 +68,8 @@ class Reply:
         self.request.write(b"")  # without it the status waits for the first byte of the body
 
     def write(self, data: bytes) -> None:
+        if self.told is not None and len(self.told) < MOST:
+            self.told += data
         self.request.write(data)
 
     def meet(self, producer: IPushProducer) -> None:
@@ -97,12 +107,19 @@ class Api:
     Attributes:
         dispatch: answers the calls.
         version: ours, for ``/status``.
+        metrics: what ``/metrics`` says.
+        capture: keeps the bodies of calls; None, as a rule, keeps none.
     """
 
     dispatch: Dispatch
     version: str
+    metrics: Metrics = attrs.field(init=False)
+    capture: Capture | None = attrs.field(default=None, init=False)
     _under_way: set[Deferred[bytes | None]] = attrs.field(factory=set, init=False)
     app: ClassVar[Klein] = _app()
+
+    def __attrs_post_init__(self) -> None:
+        self.metrics = Metrics(self.dispatch, self.version)
 
     # --- the Messages API -------------------------------------------------------------------------
 
@@ -161,7 +178,14 @@ class Api:
 
     @app.route("/status", methods=["GET"])
     def status(self, request: BoundedRequest) -> bytes:
-        return _json(request, {"version": self.version, **self.dispatch.status()})
+        capture = None if self.capture is None else self.capture.status()
+        said = {"version": self.version, **self.dispatch.status(), "capture": capture}
+        return _json(request, said)
+
+    @app.route("/metrics", methods=["GET"])
+    def figures(self, request: BoundedRequest) -> bytes:
+        request.setHeader("content-type", CONTENT_TYPE)
+        return self.metrics.text()
 
     # --- the end of the day -----------------------------------------------------------------------
 
@@ -187,11 +211,14 @@ class Api:
         """The body to send; after a stream none, and no exception may leave either."""
         request = reply.request
         assert request.content is not None
-        answering = answer(request.content.read(), request.header_values(), reply)
+        raw, capture = request.content.read(), self.capture
+        reply.told = None if capture is None else bytearray()
+        answering = answer(raw, request.header_values(), reply)
         answered: Deferred[bytes | None] = Deferred.fromCoroutine(answering)
         self._under_way.add(answered)
+        body: bytes | None = None
         try:
-            body: bytes | None = await answered
+            body = await answered
         except Exception as error:
             if not reply.begun:
                 raise
@@ -199,9 +226,10 @@ class Api:
             if not isinstance(error, CancelledError):
                 log.failure("{id} broke after its status was sent", id=reply.request_id)
             reply.cut()
-            body = None
         finally:
             self._under_way.discard(answered)
+            if capture is not None:
+                capture.keep(reply.request_id, raw, bytes(reply.told or body or b""))
         await reply.severed()
         if body is not None:
             request.setHeader("content-type", "application/json")

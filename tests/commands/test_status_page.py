@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from gateway.commands.status_page import page, watch
+from gateway.commands.status_page import listed, page, watch
 
 SERVER = {"alias": "/models/GLM-5.gguf", "n_ctx": 65536, "slots": 1, "build": "b1"}
 MAIN = {
@@ -239,6 +239,16 @@ def test_whatever_a_gateway_says_is_drawn(status: Any) -> None:
     said = drawn(status)
     assert said.startswith("claudegw")
     assert max(map(len, said.splitlines())) <= 80
+
+
+@settings(deadline=None)
+@given(st.lists(CALLS | JSON, max_size=3), JSON)
+def test_whatever_was_written_down_is_drawn(calls: list[Any], at: Any) -> None:
+    """Also a time that is none."""
+    dated = [{**call, "at": at} if isinstance(call, dict) else call for call in calls]
+    out = StringIO()
+    Console(file=out, width=80).print(listed(dated))
+    assert out.getvalue().strip()
 
 
 def test_watching_draws_again_and_again() -> None:

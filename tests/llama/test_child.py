@@ -464,6 +464,7 @@ def test_a_child_that_ends_too_often_is_left_alone(nursery: Nursery) -> None:
     for _ in range(5):
         nursery.reactor.advance(nursery.crash(status=1, signal=None))
     assert nursery.child.status()["restarts"] == 5
+    assert nursery.child.starts == 6
     nursery.process.says(b"bad model\n")
     nursery.process.ends(status=1)
     (loud,) = [event for event in nursery.events if event["log_level"] is LogLevel.critical]
