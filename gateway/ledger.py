@@ -7,6 +7,7 @@ line.  It holds no body, no prompt and no key.
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,6 +46,8 @@ class Record:
         usage: what it cost.
         cold: why its prompt was as cold as it was.
         outcome: what became of it.
+        at: when it came, in seconds since 1970.
+        first: seconds from its turn to the first content; None before.
     """
 
     id: str
@@ -60,6 +63,8 @@ class Record:
     usage: Usage = attrs.field(factory=Usage)
     cold: Any = None
     outcome: str = ""
+    at: float = attrs.field(factory=time.time)
+    first: float | None = None
 
     def knows_cold(self, cold: Any) -> None:
         """Why its prompt was as cold as it was."""
@@ -76,6 +81,8 @@ class Record:
         turn = until if self.started is None else self.started
         return {
             "id": self.id,
+            "at": self.at,
+            "first": self.first,
             "kind": self.kind,
             "model": self.model[:80],
             "tier": self.tier,
@@ -132,6 +139,10 @@ class Ledger:
             "calls": [record.as_json(now) for record in self._open.values()],
             "last": [record.as_json(now) for record in reversed(self._closed)],
         }
+
+    def chart(self) -> list[dict[str, Any]]:
+        """The last six hours."""
+        return []
 
     def _close(self, record: Record) -> None:
         now = record.ended = self._clock.seconds()
