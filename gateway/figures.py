@@ -63,6 +63,14 @@ def percent(fraction: float | None) -> str:
     return "" if fraction is None else f"{100 * fraction:.0f} %"
 
 
+def size(value: Json) -> str:
+    """Bytes, in the unit that suits them."""
+    known = number(value)
+    if known is None:
+        return ""
+    return f"{known / 1e6:.0f} MB" if known < 1e9 else f"{known / 1e9:.1f} GB"
+
+
 def duration(value: Json) -> str:
     """Seconds, in the unit that suits them."""
     known = number(value)

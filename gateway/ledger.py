@@ -116,7 +116,7 @@ class Ledger:
             yield record
             record.outcome = record.outcome or "answered"
         except ApiError as error:
-            record.outcome = f"{error.status} {error.kind}"
+            record.outcome = record.outcome or f"{error.status} {error.kind}"
             raise
         except (CancelledError, GeneratorExit):
             record.outcome = "cancelled"
