@@ -60,7 +60,10 @@ def _tier(tier: Tier) -> Tag:
         ),
         tags.p(tier.model or "its model is not known yet", class_="model"),
         tags.dl(*shown),
-        *(tags.p(remark, class_="remark") for remark in tier.remarks),
+        *(
+            tags.p(remark, class_="remark ill" if tier.tone == "bad" else "remark")
+            for remark in tier.remarks
+        ),
         *_advice(tier),
         *_buttons(tier),
         id=f"tier-{tier.name}",
@@ -135,7 +138,7 @@ def _waiting(part: tuple[Sequence[Call], int]) -> Content:
     calls, more = part
     if not calls:
         return _nothing("Nobody waits.")
-    columns = ("#place", "call", "tier", "#waited", "#its turn in", "why there", "")
+    columns = ("place", "call", "tier", "#waited", "#its turn in", "why there", "")
     table = _table(
         "Calls in line, in the order in which they will go",
         columns,
@@ -159,7 +162,7 @@ def _last(calls: Sequence[Call]) -> Content:
     if not calls:
         return _nothing("No call has ended yet.")
     columns = (
-        "#at",
+        "at",
         "call",
         "tier",
         "#waited",
@@ -198,7 +201,7 @@ def _last(calls: Sequence[Call]) -> Content:
 def _cold(cold: Sequence[Cold]) -> Content:
     if not cold:
         return _nothing("No prompt was evaluated that need not have been.")
-    columns = ("#at", "call", "tier", "why", "cost, about")
+    columns = ("at", "call", "tier", "why", "cost, about")
     return _table(
         "Calls that evaluated again what had been evaluated before",
         columns,

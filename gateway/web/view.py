@@ -230,7 +230,8 @@ def _snapshots(cache: Mapping[str, Json]) -> str:
 def _share(new: Json, cached: Json) -> str:
     """The share of a prompt that was cached."""
     known, had = number(new), number(cached)
-    return percent(had / (known + had)) if known is not None and had else ""
+    whole = (known or 0) + (had or 0)
+    return percent((had or 0) / whole) if whole > 0 else ""
 
 
 # --- calls ----------------------------------------------------------------------------------------
