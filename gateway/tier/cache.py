@@ -236,7 +236,7 @@ class Cache:
                 raise invalid("The slot holds no conversation that could be saved.")
             best = store.best_for(server.identity, held.prompt.fingerprint)
             is_busy = self._working is not None and not self._working.called
-            if is_busy or (best is not None and best[1] >= held.prompt_tokens):
+            if is_busy or (best is not None and best[0].fingerprint == held.prompt.fingerprint):
                 raise invalid("What the slot holds is saved already.")
             await self._save(held, permit)
         except (Lost, Refused, OSError) as error:

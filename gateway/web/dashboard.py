@@ -2,7 +2,7 @@
 The page of the gateway, and what its buttons do.
 
 The page is whole without a script.  With one it is live: an event stream brings each section anew
-that has changed, at most once a second.  All open pages share one clock and one drawing, and while
+that has changed, about once a second.  All open pages share one clock and one drawing, and while
 none is open there is neither.
 
 A browser shows the token as the password of HTTP Basic authentication: it asks for it itself,
@@ -36,9 +36,9 @@ from gateway.web.drawing import SECTIONS
 from gateway.web.view import View, view
 from gateway.wire.errors import ApiError, overloaded
 
-#: Seconds between two looks at what has changed, and looks after which a silent stream says that
-#: it is there still.
-_LOOK: Final = 1.0
+#: Seconds between two looks at what has changed, so that it is seen within a second; and looks
+#: after which a silent stream says that it is there still.
+_LOOK: Final = 0.8
 _STILL: Final = 20
 
 #: Pages that may be open at once.

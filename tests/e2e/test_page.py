@@ -113,9 +113,7 @@ async def test_it_has_no_barriers(tmp_path: Path, width: int, dark: bool) -> Non
             "for (const each of document.querySelectorAll('details')) each.open = true"
         )
         browser.execute_script(AXE.read_text())
-        found = browser.execute_async_script(
-            "axe.run().then(arguments[0])"
-        )
+        found = browser.execute_async_script("axe.run().then(arguments[0])")
         assert len(found["passes"]) > 20  # it has looked
         assert [(each["id"], each["nodes"][0]["html"]) for each in found["violations"]] == []
         assert browser.execute_script("return document.documentElement.scrollWidth") <= width
