@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -115,7 +116,7 @@ def delays() -> int:
     scene, took = Scene(reactor), []
     door = serve(scene, reactor)
 
-    def seen(browser: WebDriver, wanted: str) -> bool:
+    def seen(wanted: str, browser: WebDriver) -> bool:
         return wanted in browser.find_element(By.ID, "tiers").text
 
     def look() -> None:
@@ -126,7 +127,7 @@ def delays() -> int:
                 wanted = f"{700 + number} 000"
                 began = time.monotonic()
                 scene.said["tiers"]["main"]["server"]["n_ctx"] = int(wanted.replace(" ", ""))
-                WebDriverWait(browser, 10, 0.01).until(lambda b, wanted=wanted: seen(b, wanted))
+                WebDriverWait(browser, 10, 0.01).until(partial(seen, wanted))
                 took.append(time.monotonic() - began)
 
     done = deferToThread(look)

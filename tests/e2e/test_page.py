@@ -47,7 +47,7 @@ async def look(
 
 
 def words(browser: WebDriver, of: str = "body") -> str:
-    return cast(str, browser.find_element(By.CSS_SELECTOR, of).text)
+    return browser.find_element(By.CSS_SELECTOR, of).text
 
 
 def until(browser: WebDriver, seen: Callable[[WebDriver], Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import attrs
 import orjson
@@ -12,6 +12,7 @@ import pytest
 from twisted.internet.defer import CancelledError, Deferred, maybeDeferred
 from twisted.internet.task import Clock
 from twisted.logger import LogEvent, formatEvent
+from twisted.python.failure import Failure
 
 from gateway.config import Tier as Wanted
 from gateway.llama import gguf
@@ -213,7 +214,11 @@ def refusal(scene: Scene) -> str:
     """Why a slot is not saved."""
     told: list[str] = []
     saved = Deferred.fromCoroutine(scene.cache.save())
-    saved.addErrback(lambda failure: told.append(failure.value.message))
+
+    def keep(failure: Failure) -> None:
+        told.append(cast(ApiError, failure.value).message)
+
+    saved.addErrback(keep)
     return told[0]
 
 

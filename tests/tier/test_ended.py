@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import pytest
 from twisted.internet.task import Clock
@@ -102,7 +102,7 @@ def test_a_client_that_leaves_is_not_ended_by_hand() -> None:
 def test_only_some_are_remembered() -> None:
     """The memory is bounded, and holds the latest."""
     remembered = Ended(Clock())
-    tickets: list[Any] = [Ticket(key=lambda n=n: b"%d" % n) for n in range(101)]
+    tickets = [Ticket(key=partial(str.encode, str(number))) for number in range(101)]
     remembered.end(tickets)
     remembered.check(tickets[0])
     for ticket in tickets[1:]:
