@@ -54,8 +54,7 @@ def test_a_slot_is_saved_by_hand(stand: Stand, tmp_path: Path) -> None:
     assert "saved already" in press(stand, "tiers/main/save")
     assert press(stand, "tiers/main/restart") == ""
     assert eventually(lambda: stand.main["process"]["pid"] not in (None, pid), PATIENCE)
-    stand.until_ready()
-    assert stand.main["cache"]["restores_total"] == 1
+    assert eventually(lambda: stand.main["cache"]["restores_total"] == 1, PATIENCE)
 
 
 def test_a_restart_by_hand_loses_no_call(stand: Stand) -> None:
