@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.web.dashboard import _html
-from gateway.web.drawing import SECTIONS
-from gateway.web.view import View, view
+from gateway.web.drawing import SECTIONS, _path
+from gateway.web.view import Series, View, view
 from tests.commands.test_status_page import STATUSES
 from tests.scene import call, chart, status
 
@@ -203,3 +203,10 @@ def test_names_are_escaped(name: str) -> None:
     html = _html(SECTIONS["last"].drawn("last", shown.last))
     assert "<script" not in html
     assert "&lt;script&gt;" in html
+
+
+def test_bars() -> None:
+    """One for each bucket in its place; none of nothing, and none too low to be seen."""
+    assert _path(Series("x", (None, (0.25, 1.0), (0.5, 0.5), (0.0, 0.001)))) == (
+        "M110 75.0V0.0h80V75.0zM310 100.0V99.0h80V100.0z"
+    )
