@@ -15,11 +15,12 @@ from uuid import uuid4
 
 import attrs
 import orjson
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
 from gateway.config import RouteRule
-from gateway.ledger import Ledger, Record
+from gateway.ledger import ENDED_BY_HAND, Ledger, Record
 from gateway.llama.client import Lost
 from gateway.policy import calls, order, patience, prefix, routes, schema, tools
 from gateway.policy.calls import Call
@@ -27,6 +28,7 @@ from gateway.policy.routes import Route
 from gateway.policy.schema import Form
 from gateway.tier import answer
 from gateway.tier.answer import Client, Teller
+from gateway.tier.ended import Ended
 from gateway.tier.line import Ticket
 from gateway.tier.tier import Tier
 from gateway.wire import request as wire
@@ -88,13 +90,19 @@ class Dispatch:
         rules: the routes of the configuration.
         ledger: where each call is written down.
         times: what keeps a waiting client alive, and when.
+        reactor: the clock.
     """
 
     tiers: Mapping[str, Tier]
     rules: Sequence[RouteRule]
     ledger: Ledger
     times: Times
-    _reactor: IReactorTime
+    reactor: IReactorTime
+    _open: dict[str, Deferred[None]] = attrs.field(factory=dict, init=False)
+    _ended: Ended = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._ended = Ended(self.reactor)
 
     async def message(self, raw: bytes, headers: Mapping[str, str], caller: Caller) -> bytes | None:
         """
@@ -118,15 +126,19 @@ class Dispatch:
             repair = Repair(f"msg_{uuid4().hex}", request.model, one_call=one_call)
             record.usage = repair.usage
 
+            tickets: list[Ticket] = []
+
             async def ask_once(teller: Teller) -> None:
                 ready = await self._prepare(request, headers, caller, record)
                 repair.tier = ready.tier.name
                 teller.ready(partial(ready.tier.counter.count, ready.body))
                 ticket = _ticket(ready, partial(self.ledger.content, record))
+                self._ended.check(ticket)
+                tickets[:] = [ticket]
                 asking = self._asking(ready, ticket, form, repair)
                 await ready.tier.deaths.during(ticket, partial(asking, teller))
 
-            async def ask(teller: Teller) -> None:
+            async def ask_until(teller: Teller) -> None:
                 """As `ask_once`, anew where a server goes away before its answer is told."""
                 lost = away = 0
                 while True:
@@ -145,14 +157,27 @@ class Dispatch:
                         repair.again()
                         log.warn("{id}: {why}; asking again", id=record.id, why=str(error))
 
+            async def ask(teller: Teller) -> None:
+                """As `ask_until`, unless a person ends it."""
+                asking = self._open[record.id] = Deferred.fromCoroutine(ask_until(teller))
+                try:
+                    await asking
+                except CancelledError:
+                    if record.id in self._open:
+                        raise  # it was the client who left
+                    record.outcome = ENDED_BY_HAND
+                    raise self._ended.end(tickets) from None
+                finally:
+                    self._open.pop(record.id, None)
+
             if not request.stream:
                 limit = patience.client_waits(headers)
-                return await answer.whole(self._reactor, repair, ask, limit)
+                return await answer.whole(self.reactor, repair, ask, limit)
             failure = await answer.stream(
-                caller, self._reactor, self.times, repair, caller.request_id, ask
+                caller, self.reactor, self.times, repair, caller.request_id, ask
             )
             if failure is not None:
-                record.outcome = f"broken: {failure.kind}"
+                record.outcome = record.outcome or f"broken: {failure.kind}"
             return None
 
     async def count(self, raw: bytes, headers: Mapping[str, str], caller: Caller) -> int:
@@ -180,20 +205,33 @@ class Dispatch:
                     tier.lost()
             return record.usage.input
 
+    def end(self, call: str) -> bool:
+        """
+        End the open call with this id, because a person wants it; whether there is one.
+
+        Its client is told not to send it again, and is refused if it does so soon.
+        """
+        asking = self._open.pop(call, None)
+        if asking is None:
+            return False
+        asking.cancel()
+        return True
+
     def status(self) -> dict[str, Json]:
         """For ``/status``: the tiers, and the calls with how far they are and when they go."""
         found = {
             "tiers": {name: tier.status() for name, tier in self.tiers.items()},
             **self.ledger.status(),
         }
-        turns: dict[str, tuple[int, float | None]] = {}
+        turns: dict[str, tuple[int, float | None, str]] = {}
         for tier in self.tiers.values():
             turns |= tier.turns()
         for call in found["calls"]:
             where = self.tiers.get(call["tier"])
             progress = None if where is None else where.progress.of(call["id"])
             call["progress"] = None if progress is None else progress.as_json()
-            call["place"], call["eta"] = turns.get(call["id"], (None, None))
+            turn = turns.get(call["id"], (None, None, ""))
+            call["place"], call["eta"], call["why"] = turn
         return found
 
     # --- the rooms on the way ---------------------------------------------------------------------
@@ -303,7 +341,7 @@ class Dispatch:
 
         def check() -> None:
             needed = pace.estimate(tokens, pace.seen(body), output)
-            waited = self._reactor.seconds() - record.arrived
+            waited = self.reactor.seconds() - record.arrived
             refusal = patience.refuse(tokens, needed, waited, limit)
             if refusal is not None:
                 log.warn("{id} classifier: {why}", id=record.id, why=refusal.message)

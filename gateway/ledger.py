@@ -27,6 +27,9 @@ Json = Any
 #: Closed records that are kept for ``/status``.
 _KEPT: Final = 100
 
+#: What became of a call that a person ended.
+ENDED_BY_HAND: Final = "ended by hand"
+
 #: Seconds that one step of the chart stands for, and how many steps it has: six hours.
 _STEP: Final = 300
 _STEPS: Final = 72
@@ -201,7 +204,7 @@ class Ledger:
             yield record
             record.outcome = record.outcome or "answered"
         except ApiError as error:
-            record.outcome = f"{error.status} {error.kind}"
+            record.outcome = record.outcome or f"{error.status} {error.kind}"
             raise
         except (CancelledError, GeneratorExit):
             record.outcome = "cancelled"

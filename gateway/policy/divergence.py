@@ -511,6 +511,7 @@ class Cold:
             "should_have": self.should_have,
             "avoidable": self.avoidable,
             "rewritten": self.rewritten,
+            "sentence": self.sentence,
             "divergence": None if self.divergence is None else self.divergence.as_json(),
         }
 

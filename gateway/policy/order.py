@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from enum import IntEnum
-from typing import Protocol
+from typing import Final, Protocol
 
 from gateway.policy.calls import Call
 from gateway.policy.routes import Route
@@ -27,6 +27,14 @@ class Rank(IntEnum):
     PERSON = 0
     SUBAGENT = 1
     BACKGROUND = 2
+
+
+_WHY: Final = {
+    Rank.HOUSE: "the gateway needs the slot at rest for a moment",
+    Rank.PERSON: "a person waits for it",
+    Rank.SUBAGENT: "a subagent waits for it: people go first",
+    Rank.BACKGROUND: "nobody waits for it: all others go first",
+}
 
 
 class Waiting(Protocol):
@@ -75,3 +83,12 @@ def in_order(
         return True, call.rank, not is_held, call.arrived, index
 
     return sorted(range(len(waiting)), key=place)
+
+
+def why(call: Waiting, held: Collection[str], now: float, ageing: float) -> str:
+    """Why a waiting call has the place that `in_order` gives it, for the person who looks."""
+    if now - call.arrived > ageing:
+        return "it has waited so long that it goes before all that came later"
+    if call.conversation and call.conversation in held:
+        return f"{_WHY[call.rank]}; it goes on with what the slot holds"
+    return _WHY[call.rank]

@@ -47,7 +47,7 @@ from gateway.policy.divergence import Cold, Memory, Prompt, shared, whole
 from gateway.policy.order import Rank
 from gateway.tier.line import Line, Permit, Ticket
 from gateway.wire import chat
-from gateway.wire.errors import ApiError, Unavailable
+from gateway.wire.errors import ApiError, Unavailable, invalid
 from gateway.wire.events import Usage
 
 Json = Any
@@ -217,6 +217,33 @@ class Cache:
             return
         await self._in_time(self._save(held, None), seconds)
 
+    async def save(self) -> None:
+        """
+        Save the slot as soon as no call has it, because a person wants it.
+
+        Raises:
+            ApiError: it cannot be saved, or need not be; the sentence says why.
+        """
+        server, store = self._server, self.store
+        if server is None or store is None:
+            raise invalid(f"No snapshots are taken of tier {self.name!r}.")
+        if server.exactly:
+            raise invalid("What can be kept of a model of this kind is saved without being asked.")
+        permit = await self.line.join(Ticket(Rank.HOUSE))
+        try:
+            held = self._held
+            if held is None or not held.is_conversation:
+                raise invalid("The slot holds no conversation that could be saved.")
+            best = store.best_for(server.identity, held.prompt.fingerprint)
+            is_busy = self._working is not None and not self._working.called
+            if is_busy or (best is not None and best[0].fingerprint == held.prompt.fingerprint):
+                raise invalid("What the slot holds is saved already.")
+            await self._save(held, permit)
+        except (Lost, Refused, OSError) as error:
+            raise ApiError("api_error", f"The slot was not saved: {error}") from None
+        finally:
+            permit.finished()
+
     # --- a call -----------------------------------------------------------------------------------
 
     def give_way(self) -> None:
@@ -299,6 +326,7 @@ class Cache:
             "model_kind": None if server is None else server.kind,
             "snapshots": 0 if self.store is None else len(self.store.snapshots),
             "snapshot_bytes": 0 if self.store is None else self.store.size,
+            "moves": self.moves,
             "advice": self.advice(),
         }
 

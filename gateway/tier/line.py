@@ -219,11 +219,15 @@ class Line:
         for _ in range(settled):
             self._semaphore.release()
 
-    def places(self) -> list[Ticket]:
-        """The waiting calls, in the order in which they would go now."""
+    def places(self) -> list[tuple[Ticket, str]]:
+        """The waiting calls, in the order in which they would go now, and why."""
         waiting = [place for place in self._places if place.turn is not None]
-        indices = order.in_order(waiting, self._held, self._reactor.seconds(), self.ageing)
-        return [waiting[index].ticket for index in indices]
+        now = self._reactor.seconds()
+        indices = order.in_order(waiting, self._held, now, self.ageing)
+        return [
+            (waiting[index].ticket, order.why(waiting[index], self._held, now, self.ageing))
+            for index in indices
+        ]
 
     @property
     def waiting(self) -> int:

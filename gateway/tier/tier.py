@@ -17,7 +17,7 @@ from twisted.python.failure import Failure
 
 from gateway.config import Tier as Wanted
 from gateway.llama.child import Child, Health, State
-from gateway.llama.client import LlamaClient, Props
+from gateway.llama.client import SLOT_PATIENCE, LlamaClient, Props
 from gateway.llama.snapshots import Store
 from gateway.policy import template as templates
 from gateway.policy.order import Rank
@@ -29,7 +29,15 @@ from gateway.tier.line import Line, Permit, Ticket
 from gateway.tier.pace import Pace
 from gateway.tier.progress import Progress
 from gateway.tier.vitals import Vitals
-from gateway.wire.errors import ApiError, Unavailable, down, overloaded, stopping, unavailable
+from gateway.wire.errors import (
+    ApiError,
+    Unavailable,
+    down,
+    invalid,
+    overloaded,
+    stopping,
+    unavailable,
+)
 
 Json = Any
 
@@ -154,6 +162,25 @@ class Tier:
                     permit.finished()
                 raise
         return permits
+
+    async def restart(self) -> None:
+        """
+        End its server and start it anew, because a person wants it, whatever it does.
+
+        What its slot holds is saved first where no call has it; calls that run are sent again.
+
+        Raises:
+            ApiError: its server is not one of ours.
+        """
+        if self.child is None:
+            raise invalid(f"The server of tier {self.name!r} is started by somebody else.")
+        permits = [] if self._is_away or self._works() else await self.rest()
+        try:
+            await self.cache.rest(SLOT_PATIENCE)
+            self.child.restart()
+        finally:
+            for permit in permits:
+                permit.finished()
 
     async def props(self) -> Props:
         """
@@ -410,14 +437,19 @@ class Tier:
         """Calls that wait, in line or for its server."""
         return self.line.waiting + len(self._awaiting)
 
-    def turns(self) -> dict[str, tuple[int, float | None]]:
-        """The place of each waiting call, from 1, and, for the first ones, its seconds to go."""
-        tickets = self.line.places()
+    def turns(self) -> dict[str, tuple[int, float | None, str]]:
+        """
+        Of each waiting call its place, from 1, its seconds to go, and why it stands there.
+
+        The seconds are foreseen for the first ones only.
+        """
+        places = self.line.places()
+        tickets = [ticket for ticket, _ in places]
         needs = [self.progress.need(each.tokens, each.seen()) for each in tickets[:_FORESEEN]]
         etas = self.progress.etas([*needs, *[None] * (len(tickets) - len(needs))])
         return {
-            ticket.name: (place, eta)
-            for place, (ticket, eta) in enumerate(zip(tickets, etas, strict=True), 1)
+            ticket.name: (place, eta, why)
+            for place, ((ticket, why), eta) in enumerate(zip(places, etas, strict=True), 1)
         }
 
     def status(self) -> Mapping[str, Json]:

@@ -10,6 +10,7 @@ limit.
 from __future__ import annotations
 
 import hmac
+from base64 import b64decode
 from collections.abc import Collection, Mapping
 from io import BytesIO
 from ipaddress import ip_address
@@ -77,13 +78,47 @@ class Access:
         if path == "/healthz" or self.token is None:
             return None
         authorization = headers.get("authorization", "").removeprefix("Bearer ").strip()
+        if is_of_page(path):
+            authorization = _password(authorization) or authorization
         for shown in (headers.get("x-api-key", ""), authorization):
             if hmac.compare_digest(shown.encode("latin-1"), self.token.encode()):
                 return None
         return ApiError(
             "authentication_error",
-            "This gateway wants its token, as x-api-key or as Authorization: Bearer.",
+            "This gateway wants its token, as x-api-key or as Authorization: Bearer; a browser"
+            " asks for it as a password.",
         )
+
+
+def is_of_page(path: str) -> bool:
+    """Whether a browser asks there for the page, or for a part of it."""
+    return path == "/" or path.startswith("/page/")
+
+
+def is_own_page(headers: Mapping[str, str], *, posted: bool) -> bool:
+    """
+    Whether a browser says that a request comes from a page of ours.
+
+    A page that another server on this machine shows is none.  A browser puts the origin to
+    everything that is posted; of what it only gets it may keep silent.
+    """
+    if headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
+        return False
+    origin = headers.get("origin")
+    if origin is None:
+        return not posted
+    return urlsplit(origin).netloc.lower() == headers.get("host", "").lower()
+
+
+def _password(authorization: str) -> str:
+    """What HTTP Basic authentication shows as the password; "" where it is something else."""
+    scheme, _, shown = authorization.partition(" ")
+    if scheme.lower() != "basic":
+        return ""
+    try:
+        return b64decode(shown, validate=True).partition(b":")[2].decode("latin-1")
+    except ValueError:
+        return ""
 
 
 def _is_address(host: str) -> bool:
@@ -141,6 +176,8 @@ class BoundedRequest(Request):
         if error is None:
             super().process()
         else:
+            if error.status == 401 and is_of_page(self.path.decode("latin-1")):
+                self.setHeader(b"www-authenticate", b'Basic realm="claudegw", charset="UTF-8"')
             refuse(self, error)
 
     def _mistake(self) -> ApiError | None:

@@ -20,6 +20,7 @@ from gateway.capture import MOST, Capture
 from gateway.dispatch import Dispatch
 from gateway.policy.routes import MODEL_PREFIX
 from gateway.web.access import BoundedRequest, write_error
+from gateway.web.dashboard import Dashboard
 from gateway.web.metrics import CONTENT_TYPE, Metrics
 from gateway.wire.errors import ApiError, stopping
 
@@ -109,17 +110,20 @@ class Api:
         version: ours, for ``/status``.
         metrics: what ``/metrics`` says.
         capture: keeps the bodies of calls; None, as a rule, keeps none.
+        dashboard: the page.
     """
 
     dispatch: Dispatch
     version: str
     metrics: Metrics = attrs.field(init=False)
     capture: Capture | None = attrs.field(default=None, init=False)
+    dashboard: Dashboard = attrs.field(init=False)
     _under_way: set[Deferred[bytes | None]] = attrs.field(factory=set, init=False)
     app: ClassVar[Klein] = _app()
 
     def __attrs_post_init__(self) -> None:
         self.metrics = Metrics(self.dispatch, self.version)
+        self.dashboard = Dashboard(self.dispatch, self.version)
 
     # --- the Messages API -------------------------------------------------------------------------
 
@@ -187,10 +191,35 @@ class Api:
         request.setHeader("content-type", CONTENT_TYPE)
         return self.metrics.text()
 
+    @app.route("/", methods=["GET"])
+    async def page(self, request: BoundedRequest) -> bytes:
+        return await self.dashboard.page(request)
+
+    @app.route("/page/<name>", methods=["GET"])
+    def page_file(self, request: BoundedRequest, name: str) -> bytes:
+        return self.dashboard.file(request, name)
+
+    @app.route("/page/events", methods=["GET"])
+    async def page_events(self, request: BoundedRequest) -> None:
+        await self.dashboard.events(request)
+
+    @app.route("/page/calls/<call>/cancel", methods=["POST"])
+    async def cancel(self, request: BoundedRequest, call: str) -> bytes:
+        return await self.dashboard.cancel(request, call)
+
+    @app.route("/page/tiers/<tier>/save", methods=["POST"])
+    async def save(self, request: BoundedRequest, tier: str) -> bytes:
+        return await self.dashboard.save(request, tier)
+
+    @app.route("/page/tiers/<tier>/restart", methods=["POST"])
+    async def restart(self, request: BoundedRequest, tier: str) -> bytes:
+        return await self.dashboard.restart(request, tier)
+
     # --- the end of the day -----------------------------------------------------------------------
 
     async def drain(self, grace: float, reactor: IReactorTime) -> None:
         """Wait until no answer is under way any more, for `grace` seconds at most; then cut."""
+        self.dashboard.close()
         ended = DeferredList([_end_of(answer) for answer in self._under_way])
         out_of_time = reactor.callLater(grace, self._cut)
         await ended

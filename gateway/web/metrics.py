@@ -23,6 +23,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_late
 from prometheus_client.registry import Collector
 
 from gateway.dispatch import Dispatch
+from gateway.ledger import ENDED_BY_HAND
 from gateway.llama.child import State
 from gateway.policy.calls import KINDS
 
@@ -236,6 +237,8 @@ def outcome_of(outcome: str) -> str:
     """What became of a call, as one of `OUTCOMES`; `outcome` is in a record's own words."""
     if outcome in ("answered", "cancelled"):
         return outcome
+    if outcome == ENDED_BY_HAND:
+        return "cancelled"
     if outcome.startswith("broken"):
         return "broken"
     word = outcome.partition(" ")[0]

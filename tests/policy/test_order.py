@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.policy.calls import Call
-from gateway.policy.order import Rank, next_to_go, rank
+from gateway.policy.order import Rank, next_to_go, rank, why
 from gateway.policy.routes import Route
 
 AGEING = 120.0
@@ -107,3 +107,19 @@ def test_everybody_goes_once(line: list[Somebody]) -> None:
     waiting = list(line)
     while waiting:
         waiting.pop(next_to_go(waiting, ("a",), 0, AGEING))
+
+
+@pytest.mark.parametrize(
+    ("call", "now", "told"),
+    [
+        (Somebody(arrived=10), 131, "it has waited so long"),
+        (Somebody(), AGEING, "a person waits for it"),
+        (Somebody(conversation="a"), 0, "a person waits for it; it goes on with what the slot"),
+        (Somebody(Rank.SUBAGENT, "b"), 0, "a subagent waits for it"),
+        (Somebody(Rank.BACKGROUND), 0, "nobody waits for it"),
+        (Somebody(Rank.HOUSE), 0, "the gateway needs the slot"),
+    ],
+)
+def test_a_place_has_a_reason(call: Somebody, now: float, told: str) -> None:
+    """The rule that put it there, in words."""
+    assert why(call, ("a", ""), now, AGEING).startswith(told)

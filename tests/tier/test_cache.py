@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import attrs
 import orjson
@@ -12,6 +12,7 @@ import pytest
 from twisted.internet.defer import CancelledError, Deferred, maybeDeferred
 from twisted.internet.task import Clock
 from twisted.logger import LogEvent, formatEvent
+from twisted.python.failure import Failure
 
 from gateway.config import Tier as Wanted
 from gateway.llama import gguf
@@ -192,6 +193,49 @@ def test_a_slot_is_saved_when_it_rests(scene: Scene) -> None:
     scene.rest()
     assert scene.server.asked == ["save"]
     assert scene.cache.status()["saves_total"] == 1
+    assert scene.line.running == 0
+
+
+def test_a_person_may_have_it_saved_at_once(scene: Scene) -> None:
+    """Once a call that has the slot is over; and only once, until there is something new."""
+    scene.opened().call("hi")
+    busy = _now(scene.line.join(Ticket()))
+    saved = Deferred.fromCoroutine(scene.cache.save())
+    assert scene.server.asked == []
+    busy.finished()
+    assert scene.server.asked == ["save"]
+    assert saved.called
+    assert "saved already" in refusal(scene)
+    assert scene.server.asked == ["save"]
+    assert scene.line.running == 0
+
+
+def refusal(scene: Scene) -> str:
+    """Why a slot is not saved."""
+    told: list[str] = []
+    saved = Deferred.fromCoroutine(scene.cache.save())
+
+    def keep(failure: Failure) -> None:
+        told.append(cast(ApiError, failure.value).message)
+
+    saved.addErrback(keep)
+    return told[0]
+
+
+def test_a_person_is_told_why_nothing_is_saved(scene: Scene) -> None:
+    """A server of somebody else, an empty slot, a model of which it would be no use, a failure."""
+    assert "No snapshots are taken" in refusal(scene)
+    scene.opened()
+    assert "holds no conversation" in refusal(scene)
+    scene.call("hi", conversation="")
+    assert "holds no conversation" in refusal(scene)
+    scene.call("hi")
+    scene.server.refuses = ApiError("api_error", "the disk is full")
+    assert "the disk is full" in refusal(scene)
+    scene.model = windowed()
+    scene.cache.closed()
+    scene.opened()
+    assert "without being asked" in refusal(scene)
     assert scene.line.running == 0
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import attrs
 import pytest
 from twisted.internet.defer import CancelledError, Deferred
 
+from gateway.llama.child import Child
 from gateway.policy.order import Rank
 from gateway.tier.line import Permit, Ticket
 from gateway.tier.tier import Tier
@@ -136,3 +137,67 @@ def test_a_server_that_goes_away_rests(tier: Tier) -> None:
     running[1].over()
     tier.line.server_up()
     assert [Call.in_line(tier).permit is not None for _ in range(3)] == [True, True, False]
+
+
+# --- a restart that a person wants ----------------------------------------------------------------
+
+
+@attrs.define(eq=False)
+class Ours:
+    """A server of ours: it says what was done to it, and how many permits were out then."""
+
+    tier: Tier
+    did: list[tuple[str, int]] = attrs.field(factory=list)
+
+    @classmethod
+    def of(cls, tier: Tier, monkeypatch: pytest.MonkeyPatch) -> Ours:
+        ours = cls(tier)
+        tier.child, tier._is_open = cast(Child, ours), True
+
+        async def save(*_: object) -> None:
+            ours.note("saved")
+
+        monkeypatch.setattr("gateway.tier.cache.Cache.rest", save)
+        return ours
+
+    def note(self, what: str) -> None:
+        self.did.append((what, self.tier.line.running))
+
+    def restart(self) -> None:
+        self.note("restarted")
+
+
+def restart(tier: Tier) -> Deferred[None]:
+    return Deferred.fromCoroutine(tier.restart())
+
+
+def test_a_server_at_rest_is_saved_and_restarted(
+    tier: Tier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody gets in between; afterwards all permits are back."""
+    ours = Ours.of(tier, monkeypatch)
+    assert restart(tier).called
+    assert ours.did == [("saved", 2), ("restarted", 2)]
+    assert tier.line.running == 0
+
+
+def test_a_server_that_works_is_restarted_at_once(
+    tier: Tier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asks for it may be tired of waiting for that very call."""
+    ours = Ours.of(tier, monkeypatch)
+    running = Call.in_line(tier)
+    assert restart(tier).called
+    assert ours.did[-1] == ("restarted", 1)
+    running.over()
+
+
+def test_a_server_that_is_away_is_restarted_at_once(
+    tier: Tier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no slot whose permit would come."""
+    ours = Ours.of(tier, monkeypatch)
+    tier._is_open = False
+    assert restart(tier).called
+    assert ours.did[-1] == ("restarted", 0)
+    tier._is_open = True
