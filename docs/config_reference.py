@@ -208,7 +208,7 @@ def _row(cells: tuple[str, ...]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _fill(_: Sphinx, page: str, source: list[str]) -> None:
+def _fill(_app: Sphinx, _page: str, source: list[str]) -> None:
     """Put the reference into the page that has the mark."""
     if MARK in source[0]:
         source[0] = source[0].replace(MARK, reference())
