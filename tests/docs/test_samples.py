@@ -127,7 +127,7 @@ CLAUDEGW = re.compile(r"(?:^|\$\()(?:\S*/)?claudegw ([^)#]*)")
 
 
 @pytest.mark.parametrize(
-    "command", filter(lambda it: CLAUDEGW.search(it.text), commands()), ids=str
+    "command", [each for each in commands() if CLAUDEGW.search(each.text)], ids=str
 )
 def test_claudegw_knows_what_it_is_told(command: Command) -> None:
     """Whatever is written of ``claudegw`` is a command of it, with options that it has."""
