@@ -161,12 +161,10 @@ def is_command(code: str) -> bool:
     return bool(rest) and PurePath(first).name in PROGRAMS
 
 
-def tables_of(command: str) -> list[str]:
-    """The rows that a command belongs to; one, if all is well."""
+def row_of(command: str) -> str:
+    """The row that a command belongs to, the longest of those that fit; "" for none."""
     every = (*RUN, *DRY, *ELSEWHERE, *NOT_RUN)
-    found = [row for row in every if command.startswith(row)]
-    longest = max(map(len, found), default=0)
-    return [row for row in found if len(row) == longest]
+    return max((row for row in every if command.startswith(row)), key=len, default="")
 
 
 def _logical_lines(sample: Sample) -> Iterator[str]:

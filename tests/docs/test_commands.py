@@ -22,7 +22,7 @@ import attrs
 import orjson
 import pytest
 
-from tests.docs.samples import DRY, ROOT, RUN, Command, blocks, commands, tables_of
+from tests.docs.samples import DRY, ROOT, RUN, Command, blocks, commands, row_of
 from tests.e2e.clients import claude, eventually, program
 from tests.e2e.scripted_llama import ScriptedLlama, Text
 from tests.e2e.stack import Running, free_port, run_gateway, start
@@ -138,13 +138,13 @@ def both_are_up(gateway: Running) -> bool:
 
 def run_here(*but: str) -> list[Command]:
     """The commands that are typed, each once a page."""
-    found = [command for command in commands() if tables_of(command.text)[0] in RUN]
+    found = [command for command in commands() if row_of(command.text) in RUN]
     first = {(command.sample.page, command.text): command for command in reversed(found)}
     return [command for command in first.values() if not command.text.startswith(but)]
 
 
 def of_row(*rows: str) -> list[Command]:
-    return [command for command in run_here() if tables_of(command.text)[0] in rows]
+    return [command for command in run_here() if row_of(command.text) in rows]
 
 
 @pytest.mark.server
@@ -162,7 +162,7 @@ def test_make_run(stage: Stage, running: Running) -> None:
 @pytest.mark.parametrize("command", run_here("make run", "claude --"), ids=str)
 def test_a_command_works(command: Command, stage: Stage, running: Running) -> None:
     """It ends well, and prints what shows that it has worked."""
-    (row,) = tables_of(command.text)
+    row = row_of(command.text)
     said = stage.type(command.text + ADDED.get(row, ""))
     assert RUN[row] in said
     assert running.process.poll() is None
