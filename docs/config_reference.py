@@ -195,17 +195,15 @@ def reference() -> str:
 
 
 def _section(table: Table) -> str:
-    heading = f"## `{table.heading}`\n\n{table.about}\n"
-    rows = [
-        (f"`{key.name}`", key.takes, key.default, key.meaning + " ↻" * key.restart)
-        for key in table.keys
-    ]
-    head = [("key", "takes", "default", "what it is"), ("---",) * 4]
-    return "\n".join([heading, *map(_row, [*head, *rows])])
+    return "\n\n".join([f"## `{table.heading}`", table.about, *map(_entry, table.keys)])
 
 
-def _row(cells: tuple[str, ...]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+def _entry(key: Key) -> str:
+    """The key, what it is, and below that what it takes."""
+    default = key.default if key.default == "required" else f"default: {key.default}"
+    meaning = key.meaning[0].upper() + key.meaning[1:]
+    restart = " ↻" if key.restart else ""
+    return f"`{key.name}`{restart}\n: {meaning}\n\n  {key.takes}; {default}"
 
 
 def _fill(_app: Sphinx, _page: str, source: list[str]) -> None:
