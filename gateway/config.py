@@ -110,8 +110,9 @@ def _quoted(text: str) -> str:
 
 # --- what a value must be -----------------------------------------------------------------------
 
-#: Where a field's metadata keeps the check of its value, and in words what the check expects.
+#: Where a field's metadata keeps the check of its value.
 _CHECK: Final = "gateway.config.check"
+#: Beside it: what the check expects, in words.
 EXPECTED: Final = "gateway.config.expected"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import configparser
 import io
 import re
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 from readme_renderer import rst
 
+from docs import house
 from docs.config_reference import tables
 from tests.docs.samples import ROOT
 
@@ -63,12 +63,16 @@ def test_the_readme_renders() -> None:
 
 
 def test_the_floors_are_those_that_are_proved() -> None:
-    """The picture has the rooms that import-linter knows, in their order."""
-    setup = configparser.ConfigParser(interpolation=None)
-    setup.read(ROOT / "setup.cfg")
-    proved = re.findall(r"gateway\.(\w+)", setup["importlinter:contract:floors"]["layers"])
-    drawn = re.findall(r'class="name"[^>]*>(\w+)<', (ROOT / "docs/house.svg").read_text())
-    assert drawn == proved
+    """The picture is the one that is drawn of the layers in setup.cfg."""
+    assert house.PICTURE.read_text() == house.draw(), "draw it anew: python -m docs.house"
+    setup = (ROOT / "setup.cfg").read_text()
+    for floor in house.floors():
+        assert "\n    " + " : ".join(f"gateway.{room}" for room in floor) + "\n" in setup
+
+
+def test_every_room_says_what_it_is_for() -> None:
+    """No room is drawn without it, and none that is gone is spoken of."""
+    assert {*house.ABOUT} == {room for floor in house.floors() for room in floor}
 
 
 def test_the_way_of_a_request_goes_through_rooms_that_exist() -> None:
