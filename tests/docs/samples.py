@@ -76,6 +76,9 @@ ELSEWHERE: Final[Mapping[str, str]] = {
     "venv/bin/twistd -n": "e2e/test_daemon.py::handed",
     "twistd --pidfile=gw.pid": "e2e/test_install.py::test_an_installed_gateway_runs_as_a_daemon",
     "kill $(cat gw.pid)": "e2e/test_install.py::test_an_installed_gateway_runs_as_a_daemon",
+    ".venv/bin/python -m docs.house": (
+        "docs/test_build.py::test_the_floors_are_those_that_are_proved"
+    ),
     "claudegw launchd": "test_cli.py::test_the_launch_agent_is_installed",
     "venv/bin/claudegw launchd": "test_cli.py::test_the_launch_agent_is_installed",
 }
