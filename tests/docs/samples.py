@@ -25,7 +25,7 @@ from markdown_it.token import Token
 ROOT: Final = Path(__file__).parents[2]
 
 #: Languages that a sample may be in; a picture is ``text``, and Sphinx's own are in braces.
-LANGUAGES: Final = frozenset({"toml", "sh", "json", "python", "text", "{toctree}"})
+LANGUAGES: Final = frozenset({"toml", "sh", "json", "yaml", "python", "text", "{toctree}"})
 
 #: What makes code in running text a command.
 PROGRAMS: Final = frozenset(
