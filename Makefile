@@ -5,12 +5,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: run test lint types layers tests bench clean
+.PHONY: run test lint types layers docs tests bench clean
 
 run: $(VENV)/demo
 	$(BIN)/twistd -n --pidfile= claudegw --config etc/demo.toml
 
-test: lint types layers tests
+test: lint types layers docs tests
 
 lint: $(VENV)/test
 	$(BIN)/ruff check .
@@ -21,6 +21,9 @@ types: $(VENV)/test
 
 layers: $(VENV)/test
 	$(BIN)/lint-imports
+
+docs: $(VENV)/test
+	$(BIN)/sphinx-build -W --keep-going --quiet -b html docs build/docs
 
 # Real servers, real clients, an installation from wheels; without a network beyond loopback.
 tests: $(VENV)/test $(VENV)/demo
@@ -47,5 +50,5 @@ $(VENV)/demo: setup.cfg pyproject.toml | $(BIN)/python
 	touch $@
 
 $(VENV)/test: setup.cfg pyproject.toml | $(BIN)/python
-	$(PIP) install --editable '.[demo,test]'
+	$(PIP) install --editable '.[demo,docs,test]'
 	touch $@

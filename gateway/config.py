@@ -112,20 +112,24 @@ def _quoted(text: str) -> str:
 
 #: Where a field's metadata keeps the check of its value.
 _CHECK: Final = "gateway.config.check"
+#: Beside it: what the check expects, in words.
+EXPECTED: Final = "gateway.config.expected"
 
 
 def _between(least: float, most: float = math.inf) -> Mapping[str, Any]:
+    limit = f"at least {least}" if most == math.inf else f"between {least} and {most}"
+
     def check(value: float) -> None:
         if not least <= value <= most:
-            limit = f"at least {least}" if most == math.inf else f"between {least} and {most}"
             raise Mistake(f"expected {limit}, got {value}")
 
-    return {_CHECK: check}
+    return {_CHECK: check, EXPECTED: limit}
 
 
 def _between_if_any(least: float) -> Mapping[str, Any]:
-    check = _between(least)[_CHECK]
-    return {_CHECK: lambda value: None if value is None else check(value)}
+    number = _between(least)
+    check = number[_CHECK]
+    return {**number, _CHECK: lambda value: None if value is None else check(value)}
 
 
 def _must(expected: str, holds: Callable[[Any], object]) -> Mapping[str, Any]:
@@ -134,7 +138,7 @@ def _must(expected: str, holds: Callable[[Any], object]) -> Mapping[str, Any]:
             shown = "one with a name in it" if "@" in str(value) else repr(value)
             raise Mistake(f"expected {expected}, got {shown}")
 
-    return {_CHECK: check}
+    return {_CHECK: check, EXPECTED: expected}
 
 
 _filled = _must("something", lambda value: value is None or value)
