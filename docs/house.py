@@ -18,12 +18,15 @@ PICTURE: Final = ROOT / "docs/house.svg"
 
 #: What each room is for, in a few words: rooms share a floor.
 ABOUT: Final = {
+    "capture": "bodies, when asked for",
     "changes": "what a reload can change",
     "cli": "the command",
     "commands": "beside the running gateway",
     "config": "gw.toml as frozen values",
     "daemon": "launchd, systemd, log",
     "dispatch": "the way of one call",
+    "figures": "numbers in words",
+    "history": "the ledger on the disk",
     "ledger": "what it cost",
     "llama": "one llama-server",
     "policy": "decisions: values in, values out",

@@ -94,6 +94,7 @@ NOT_RUN: Final[Mapping[str, str]] = {
     "journalctl ": "it needs a systemd that runs",
     "lsof ": "it only looks, with a program that not every machine has",
     "python -m bench.soak": "it takes half an hour",
+    "python -m bench.cache": "it takes half an hour",
     "python -m bench.audit": "it takes many minutes; what it counts with is in tests/e2e",
 }
 
