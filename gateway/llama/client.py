@@ -392,10 +392,18 @@ class LlamaClient:
             ApiError: the server cannot be reached, or refuses.
             Lost: it went away before it answered.
         """
-        answer = await self._request("POST", "/v1/messages", {**body, "stream": True})
-        if answer.status != 200:
-            raise from_upstream(answer.status, await answer.read(), self.tier)
-        return answer
+        return await self._streamed("/v1/messages", body)
+
+    async def go_on(self, wanted: Mapping[str, Json]) -> Answer:
+        """As `messages`, for a bare prompt (``POST /completion``)."""
+        return await self._streamed("/completion", wanted)
+
+    async def embeddings(self, body: Mapping[str, Json]) -> dict[str, Json]:
+        """What the server says to a body of ``/v1/embeddings``; raises as `messages` does."""
+        said = await self._json(await self._request("POST", "/v1/embeddings", body))
+        if not isinstance(said, dict):
+            raise self._no_llama()
+        return said
 
     async def complete(self, wanted: Mapping[str, Json]) -> Completion:
         """The answer to a bare prompt (``POST /completion``, not streamed)."""
@@ -465,6 +473,12 @@ class LlamaClient:
             ) from None
         except Lost:
             raise self._gone() from None
+
+    async def _streamed(self, path: str, body: Mapping[str, Json]) -> Answer:
+        answer = await self._request("POST", path, {**body, "stream": True})
+        if answer.status != 200:
+            raise from_upstream(answer.status, await answer.read(), self.tier)
+        return answer
 
     async def _json(self, answer: Answer) -> Json:
         body = await answer.read()

@@ -18,7 +18,6 @@ from contextlib import suppress
 from typing import Any, Protocol, Self
 
 import attrs
-import orjson
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.defer import TimeoutError as TimedOut
 from twisted.internet.interfaces import IDelayedCall, IPushProducer, IReactorTime
@@ -26,20 +25,17 @@ from twisted.python.failure import Failure
 
 from gateway.llama.client import Lost
 from gateway.policy.schema import Form
-from gateway.tier import constrained
+from gateway.tier import bare, constrained
 from gateway.tier.line import Permit, Ticket
 from gateway.tier.tier import Tier
 from gateway.wire import pulse
+from gateway.wire.dialect import MESSAGES, Dialect
 from gateway.wire.errors import ApiError, unavailable
 from gateway.wire.events import (
-    PING,
-    STILL,
     Assembly,
     Event,
     Repair,
     Truncated,
-    encode,
-    error_event,
     message_events,
 )
 from gateway.wire.pulse import Rung, Times, Told
@@ -101,7 +97,7 @@ Ask = Callable[[Teller], Awaitable[None]]
 
 
 @attrs.frozen
-class _UnderWay:
+class UnderWay:
     """A call that has its permit; its progress ends before the permit goes to the next one."""
 
     tier: Tier
@@ -153,12 +149,12 @@ async def from_model(
     """
     tier.cache.give_way()
     permit = await tier.line.join(ticket)
-    under_way = _UnderWay(tier, ticket, permit)
+    under_way = UnderWay(tier, ticket, permit)
     try:
         try:
             started()
             await under_way.begin(body)
-            answer = await tier.client.messages(body)
+            answer = await bare.asked(tier.client, body)
         except ApiError:
             under_way.finished()
             raise
@@ -212,7 +208,7 @@ async def under_schema(
     """As `from_model`, for an answer of at most `tokens` that must have this form."""
     tier.cache.give_way()
     permit = await tier.line.join(ticket)
-    under_way = _UnderWay(tier, ticket, permit)
+    under_way = UnderWay(tier, ticket, permit)
     try:
         try:
             started()
@@ -339,6 +335,7 @@ class Streamed:
     _times: Times
     _repair: Repair
     _arrived: float
+    _dialect: Dialect = MESSAGES
     _count: Count | None = attrs.field(default=None, init=False)
     _said_at: float | None = attrs.field(default=None, init=False)
     _beat_at: IDelayedCall | None = attrs.field(default=None, init=False)
@@ -365,7 +362,7 @@ class Streamed:
             self.client.begin()
 
     def tell(self, events: Iterable[Event]) -> None:
-        data = b"".join(map(encode, events))
+        data = self._dialect.told(events)
         if data:
             self._say(data)
 
@@ -387,7 +384,7 @@ class Streamed:
             raise error
         if not self._repair.has_content and error.is_transient:
             error = attrs.evolve(error, kind="overloaded_error")
-        self._say(error_event(error, request_id))
+        self._say(self._dialect.failed(error, request_id))
 
     def _say(self, data: bytes) -> None:
         self.commit()
@@ -411,9 +408,9 @@ class Streamed:
         self._beat_at = self._reactor.callLater(again, self._beat)
         match rung:
             case Rung.PING:
-                self._say(PING)
+                self._say(self._dialect.ping())
             case Rung.DELTA:
-                self._say(STILL)
+                self._say(self._dialect.still())
             case Rung.START if self._starting is None:
                 self._starting = Deferred.fromCoroutine(self._start())
                 self._starting.addErrback(_unless_cancelled)
@@ -436,6 +433,7 @@ async def stream(
     repair: Repair,
     request_id: str,
     ask: Ask,
+    dialect: Dialect = MESSAGES,
 ) -> ApiError | None:
     """
     Tell the answer that `ask` asks for as a stream, its failure included.
@@ -446,7 +444,7 @@ async def stream(
     Raises:
         ApiError: it went wrong before.
     """
-    with Streamed(client, reactor, times, repair, reactor.seconds()) as told:
+    with Streamed(client, reactor, times, repair, reactor.seconds(), dialect) as told:
         try:
             await ask(told)
         except ApiError as error:
@@ -462,7 +460,13 @@ async def stream(
     return None
 
 
-async def whole(reactor: IReactorTime, repair: Repair, ask: Ask, limit: float | None) -> bytes:
+async def whole(
+    reactor: IReactorTime,
+    repair: Repair,
+    ask: Ask,
+    limit: float | None,
+    dialect: Dialect = MESSAGES,
+) -> bytes:
     """
     The answer that `ask` asks for, as the JSON of one message.
 
@@ -481,7 +485,7 @@ async def whole(reactor: IReactorTime, repair: Repair, ask: Ask, limit: float | 
         raise _went_away(repair.tier) from None
     except TimedOut:
         raise _too_slow(limit or 0) from None
-    return orjson.dumps(told.message())
+    return dialect.whole(told.message())
 
 
 async def _asked(ask: Ask, teller: Teller) -> None:

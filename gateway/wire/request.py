@@ -113,27 +113,27 @@ def parse(raw: bytes, *, counting: bool = False) -> MessagesRequest:
 
 
 def load(raw: bytes) -> dict[str, Json]:
-    """
-    The JSON object in `raw`, which is not nested too deep to be written again.
-
-    Raises:
-        ApiError: 400, there is none.
-    """
+    """The JSON object in `raw`; raises ApiError, 400, if there is none."""
     try:
         body = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
         raise invalid(f"The body is not valid JSON: {error}") from None
     if not isinstance(body, dict):
         raise invalid("The body must be a JSON object.")
+    return body
+
+
+def not_too_deep(body: Mapping[str, Json]) -> None:
+    """Raise ApiError, 400, if `body` could not be written again."""
     try:
         orjson.dumps([[[[body]]]])  # what is made of it may be nested a little deeper
     except TypeError:
         raise invalid("The body is nested too deep.") from None
-    return body
 
 
 def checked(body: dict[str, Json], size: int, *, counting: bool = False) -> MessagesRequest:
     """As `parse`, for a body that is loaded already, of `size` bytes on the wire."""
+    not_too_deep(body)
     _check_body(body, counting)
     return MessagesRequest(body, size)
 
