@@ -196,7 +196,10 @@ def _refuse(body: Mapping[str, Json], *allowed: str) -> None:
     """Refuse by name what cannot be given."""
     for name, (harmless, remedy) in _NOT_HERE.items():
         value = body.get(name)
-        if name not in allowed and value is not None and value not in harmless:
+        if value is None or name in allowed:
+            continue
+        # Python holds 0 and False to be the same.
+        if not any(value == each and type(value) is type(each) for each in harmless):
             raise invalid(f"{name}: {remedy}")
 
 
