@@ -230,6 +230,14 @@ def test_a_schema_binds_the_answer() -> None:
     assert "title" in asked["grammar"]
 
 
+def test_any_json_object() -> None:
+    """A `json_object` is held by a grammar that lets any object through."""
+    house = Household.built()
+    house.main.completions = ['{"a": ["b\\n", null]}']
+    browser = house.ask(chat(response_format={"type": "json_object"}), CHAT)
+    assert browser.json["choices"][0]["message"]["content"] == '{"a": ["b\\n", null]}'
+
+
 def test_a_schema_that_cannot_be_held() -> None:
     """It is refused at its place in the chat call."""
     house = Household.built()

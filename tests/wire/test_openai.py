@@ -384,7 +384,7 @@ _ROUND = st.tuples(_WORD, st.lists(st.dictionaries(_WORD, _VALUE, max_size=3), m
 
 @given(st.lists(_ROUND, min_size=1, max_size=4))
 def test_nothing_of_a_conversation_is_lost(rounds: list[Any]) -> None:
-    """Texts, calls, arguments, results and their ids are there, in their order, and nothing else."""
+    """Texts, calls, arguments, results and ids are there, in their order, and nothing else."""
     messages: list[Json] = []
     expected: list[Json] = []
     number = 0
