@@ -32,7 +32,7 @@ from gateway.tier.tier import Tier
 from gateway.wire import openai
 from gateway.wire import request as wire
 from gateway.wire.dialect import MESSAGES, Dialect
-from gateway.wire.errors import Unavailable, down, prompt_too_long, unavailable
+from gateway.wire.errors import Unavailable, down, invalid, prompt_too_long, unavailable
 from gateway.wire.events import Repair, Truncated
 from gateway.wire.pulse import Times
 from gateway.wire.request import MessagesRequest
@@ -193,6 +193,7 @@ class Dispatch:
             while True:
                 _, call, route = self._understand(request, headers)
                 tier, route = await self._reach(route)
+                _check_takes_bare(tier)
                 self._note(record, request, call, route, caller)
                 view = dict(request.body)
                 ticket = _ticket(_Prepared(request, call, route, tier, view, None, record))
@@ -339,6 +340,7 @@ class Dispatch:
 
     async def _body(self, request: MessagesRequest, call: Call, tier: Tier) -> dict[str, Json]:
         if isinstance(request, openai.Bare):
+            _check_takes_bare(tier)
             return dict(request.prepared)
         body = prefix.prepare(request, await tier.template())
         told = body.get("chat_template_kwargs")
@@ -404,6 +406,12 @@ class Dispatch:
             tokens = min(tokens, ready.tier.config.schema_tokens)
         under = answer.under_schema if ready.request.is_bound else answer.words_under_schema
         return partial(under, ready.tier, ready.body, form, repair, tokens=tokens, **how)
+
+
+def _check_takes_bare(tier: Tier) -> None:
+    """Raise ApiError, 400, if only conversations can be sent to the server of `tier`."""
+    if tier.config.kind != "llama-server":
+        raise invalid(f"The server of tier {tier.name!r} is no llama-server: it takes chats only.")
 
 
 def _at_most(body: Mapping[str, Json]) -> int:

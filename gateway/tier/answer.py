@@ -25,7 +25,7 @@ from twisted.python.failure import Failure
 
 from gateway.llama.client import Lost
 from gateway.policy.schema import Form
-from gateway.tier import bare, constrained
+from gateway.tier import constrained
 from gateway.tier.line import Permit, Ticket
 from gateway.tier.tier import Tier
 from gateway.wire import pulse
@@ -39,7 +39,7 @@ from gateway.wire.events import (
     message_events,
 )
 from gateway.wire.pulse import Rung, Times, Told
-from gateway.wire.sse import EventTooLong, SSEParser
+from gateway.wire.sse import EventTooLong
 
 Json = Any
 
@@ -154,19 +154,18 @@ async def from_model(
         try:
             started()
             await under_way.begin(body)
-            answer = await bare.asked(tier.client, body)
+            answer = await tier.client.messages(body)
         except ApiError:
             under_way.finished()
             raise
         teller.commit()
         watch = tier.pace.watch(body)
         tier.progress.expect(ticket.name, ticket.seen())
-        parser = SSEParser()
 
         def receive(chunk: bytes) -> None:
             told: list[Event] = []
             try:
-                for event in parser.feed(chunk):
+                for event in answer.parser.feed(chunk):
                     watch.token()
                     tier.token()
                     tier.progress.token(ticket.name)

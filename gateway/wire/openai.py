@@ -7,8 +7,8 @@ A chat call goes the way of every other call, so it becomes a Messages request f
 1. ``system`` and ``developer`` messages before the first turn are the system prompt; later ones
    stay where they are.
 2. ``tool`` messages that follow each other are the results in one user message.
-3. Without ``reasoning_effort`` the model thinks as its template has it think by itself, which is
-   what llama-server does too; ``none`` and ``minimal`` turn it off.
+3. Without ``reasoning_effort`` the model thinks if it can, as llama-server has it by itself;
+   ``none`` and ``minimal`` turn that off.
 4. Without a bound the answer may be as long as there is room.
 5. What would have to be left out of the answer is refused by name (``n``, ``logprobs``, audio);
    what only colours it (``seed``, penalties) is passed over where llama-server's Messages endpoint

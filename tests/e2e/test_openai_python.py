@@ -102,7 +102,7 @@ def test_the_cached_share_is_told(client: openai.OpenAI) -> None:
     """A conversation that goes on finds its prompt, and the usage says so."""
     messages: Json = [{"role": "system", "content": "You are brief. " * 20}, *HI]
     first = client.chat.completions.create(model="m", max_tokens=4, messages=messages)
-    said = {"role": "assistant", "content": first.choices[0].message.content}
+    said: Json = {"role": "assistant", "content": first.choices[0].message.content}
     second = client.chat.completions.create(
         model="m", max_tokens=4, messages=[*messages, said, *HI]
     )

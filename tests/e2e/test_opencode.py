@@ -85,7 +85,6 @@ class OpenCode:
 
 def _settings(gateway: Running) -> Json:
     limit = {"context": 65536, "output": 8192}
-    reasons = {"reasoning": True, "interleaved": {"field": "reasoning_content"}}
     return {
         "autoupdate": False,
         "share": "disabled",
@@ -97,7 +96,7 @@ def _settings(gateway: Running) -> Json:
                 "npm": "@ai-sdk/openai-compatible",
                 "options": {"baseURL": f"{gateway.url}/v1", "apiKey": "none"},
                 "models": {
-                    "claudegw-main": {"limit": limit, **reasons},
+                    "claudegw-main": {"limit": limit, "reasoning": True},
                     "claudegw-small": {"limit": limit},
                 },
             }

@@ -15,7 +15,7 @@ from gateway.wire.openai import read_chat, read_completion, read_embedding
 Json = Any
 
 HI = {"role": "user", "content": "hi"}
-WEATHER = {
+WEATHER: Json = {
     "type": "function",
     "function": {
         "name": "get_weather",
@@ -125,7 +125,7 @@ def test_a_round_of_tools() -> None:
         {
             "name": "get_weather",
             "description": "The weather in a city.",
-            "input_schema": WEATHER["function"]["parameters"],  # type: ignore[index]
+            "input_schema": WEATHER["function"]["parameters"],
         }
     ]
 
