@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import orjson
 import pytest
 
 from gateway.config import RouteRule
@@ -315,6 +316,28 @@ def test_a_bare_prompt_that_does_not_fit() -> None:
     assert "/apply-template" not in house.main.paths()
 
 
+def test_a_bare_prompt_on_the_small_tier_is_no_housekeeping() -> None:
+    """It gets what it asked for, where a side call of Claude Code would be cut short."""
+    house = Household.built()
+    house.ask(prompt(max_tokens=1900) | {"model": "claudegw-small"}, COMPLETE)
+    assert house.small.held[0].body["n_predict"] == 1900
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [(COMPLETE, prompt() | {"logit_bias": {}}), (EMBED, {"model": "m", "input": ""})],
+)
+def test_what_is_nested_too_deep(path: str, body: Json) -> None:
+    """What could not be written again is refused."""
+    raw = orjson.dumps(body)
+    deep = b"[" * 300 + b"]" * 300
+    raw = raw.replace(b'"logit_bias":{}', b'"logit_bias":' + deep)
+    raw = raw.replace(b'"input":""', b'"input":' + deep)
+    browser = Household.built().ask(raw, path)
+    assert browser.status == 400
+    assert browser.json["error"]["message"] == "The body is nested too deep."
+
+
 def test_tokens_need_no_counting() -> None:
     """A prompt of tokens is as long as it is."""
     house = Household.built(main=FakeLlama(n_ctx=64))
@@ -377,17 +400,26 @@ def test_embeddings() -> None:
     ]
 
 
+def idle(house: Household) -> bool:
+    """Whether every permit of the main tier is back."""
+    line = house.line()
+    return (line.running, line.settling, line.waiting) == (0, 0, 0)
+
+
 def test_embeddings_wait_for_their_turn() -> None:
-    """While a slot works nothing is asked of it."""
+    """While a slot works nothing is asked of it, and the ledger knows how long that was."""
     house = Household.built()
     house.main.embeds = True
     house.ask(turn())
     browser = house.ask({"model": "m", "input": "a"}, EMBED)
+    house.wait(5)
     assert EMBED not in house.main.paths()
     house.main.held[0].answer()
     house.settle()
     assert browser.status == 200
-    assert house.line().running == 0
+    waited = {each["kind"]: each["waited"] for each in house.api.dispatch.status()["last"]}
+    assert waited == {"turn": 0, "other": 5}
+    assert idle(house)
 
 
 def test_a_server_without_embeddings() -> None:
@@ -397,7 +429,7 @@ def test_a_server_without_embeddings() -> None:
     assert browser.status == 400
     assert "--embeddings" in browser.json["error"]["message"]
     assert browser.json["error"]["type"] == "invalid_request_error"
-    assert house.line().running == 0
+    assert idle(house)
 
 
 def test_a_server_that_goes_away_over_embeddings() -> None:
@@ -410,6 +442,32 @@ def test_a_server_that_goes_away_over_embeddings() -> None:
         house.wait(2)
     assert browser.status == 500
     assert house.main.paths().count(EMBED) == 2
+
+
+def test_a_server_that_goes_away_once_over_embeddings() -> None:
+    """The second answer is the answer."""
+    house = Household.built()
+    house.main.hangs = {EMBED}
+    browser = house.ask({"model": "m", "input": "a"}, EMBED)
+    house.main.embeds, house.main.hangs = True, set()
+    house.api.dispatch.tiers["main"].client.hang_up()
+    house.wait(2)
+    assert browser.json["data"][0]["embedding"] == [0.5, -0.5]
+    assert last(house)["resent"] == 1
+
+
+def test_embeddings_that_are_asked_for_again_keep_their_place() -> None:
+    """Who was cut off and comes back at once goes before who came meanwhile."""
+    house = Household.built()
+    house.main.hangs = {EMBED}
+    leaver = house.ask({"model": "m", "input": "a"}, EMBED)
+    house.ask(turn())
+    leaver.leave()
+    house.main.embeds, house.main.hangs = True, set()
+    house.ask({"model": "m", "input": "a"}, EMBED)
+    house.wait(1.5)
+    asked = [path for path in house.main.paths() if path in (EMBED, "/v1/messages")]
+    assert asked == [EMBED, EMBED, "/v1/messages"]
 
 
 def test_a_client_that_leaves_its_embeddings() -> None:
