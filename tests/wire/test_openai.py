@@ -391,7 +391,8 @@ def test_nothing_of_a_conversation_is_lost(rounds: list[Any]) -> None:
     for words, inputs, said in rounds:
         messages.append({"role": "user", "content": words})
         expected.append(("text", words))
-        calls, results = [], []
+        calls: list[Json] = []
+        results: list[Json] = []
         for given_input in inputs:
             number += 1
             arguments = orjson.dumps(given_input).decode()
