@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from tests.e2e.clients import eventually
 from tests.e2e.scripted_llama import ScriptedLlama, Text, Thinking, ToolUse
-from tests.e2e.stack import Running, start_gateway
+from tests.e2e.stack import SMOLLM, Running, start_gateway, start_server
 
 pytestmark = pytest.mark.server
 
@@ -314,3 +314,25 @@ def test_a_client_that_leaves_in_the_middle(scripted: tuple[Running, ScriptedLla
         answer = client.chat.completions.create(model="m", messages=HI)
         assert answer.choices[0].message.content == "Nothing to do."
     assert llama.most_at_once == 1
+
+
+# --- a server for embeddings ----------------------------------------------------------------------
+
+
+def test_embeddings_of_a_server_that_has_them(tmp_path: Path) -> None:
+    """Each text has its vector, and the same text the same one; the ledger counts the tokens."""
+    server = start_server(tmp_path, "smollm2", *SMOLLM, "--embeddings", "--pooling", "mean")
+    try:
+        gateway = start_gateway(tmp_path, {"main": {"url": server.url}})
+        with sdk(gateway) as client:
+            found = client.embeddings.create(model="m", input=["a stone", "a river", "a stone"])
+        one, other, same = (each.embedding for each in found.data)
+        assert len(one) > 100
+        assert one == pytest.approx(same, abs=0.01)
+        assert one != pytest.approx(other, abs=0.01)
+        kept = record(gateway)
+        assert (kept["kind"], kept["outcome"]) == ("other", "answered")
+        assert kept["input"] == found.usage.prompt_tokens > 3
+        gateway.stop()
+    finally:
+        server.stop()
