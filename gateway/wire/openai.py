@@ -46,8 +46,8 @@ from gateway.wire.request import MessagesRequest, checked, load, not_too_deep
 
 Json = Any
 
-#: More tokens than any window has.
-_AS_MANY_AS_FIT: Final = 2**31 - 1
+#: More tokens than any window has: the bound of a call that says none.
+AS_MANY_AS_FIT: Final = 2**31 - 1
 
 #: What a bare prompt gets where nobody says how much (the API's own default).
 _FEW: Final = 16
@@ -236,9 +236,7 @@ def _messages_body(body: Mapping[str, Json]) -> dict[str, Json]:
         "model": body["model"],
         "messages": messages,
         "system": [{"type": "text", "text": text} for text in system] or None,
-        "max_tokens": body.get("max_completion_tokens")
-        or body.get("max_tokens")
-        or _AS_MANY_AS_FIT,
+        "max_tokens": body.get("max_completion_tokens") or body.get("max_tokens") or AS_MANY_AS_FIT,
         "stream": body.get("stream"),
         "stop_sequences": _stops(body) or None,
         "thinking": {"type": "disabled" if effort in _THOUGHTLESS else "adaptive"},
