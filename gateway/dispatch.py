@@ -26,13 +26,15 @@ from gateway.policy import calls, order, patience, prefix, routes, schema, tools
 from gateway.policy.calls import Call
 from gateway.policy.routes import Route
 from gateway.policy.schema import Form
-from gateway.tier import answer
+from gateway.tier import answer, embeddings
 from gateway.tier.answer import Client, Teller
 from gateway.tier.ended import Ended
 from gateway.tier.line import Ticket
 from gateway.tier.tier import Tier
+from gateway.wire import openai
 from gateway.wire import request as wire
-from gateway.wire.errors import Unavailable, down, prompt_too_long
+from gateway.wire.dialect import MESSAGES, Dialect
+from gateway.wire.errors import Unavailable, down, invalid, prompt_too_long, unavailable
 from gateway.wire.events import Repair, Truncated
 from gateway.wire.pulse import Times
 from gateway.wire.request import MessagesRequest
@@ -47,6 +49,10 @@ _PREAMBLE: Final = 1024
 _EACH_TOOL: Final = 64
 
 log = Logger()
+
+
+#: Reads a body of another API: the Messages request that it is, and in whose words to answer.
+Read = Callable[[bytes], tuple[MessagesRequest, Dialect]]
 
 
 class Caller(Client, Protocol):
@@ -104,14 +110,21 @@ class Dispatch:
     def __attrs_post_init__(self) -> None:
         self._ended = Ended(self.reactor)
 
-    async def message(self, raw: bytes, headers: Mapping[str, str], caller: Caller) -> bytes | None:
+    async def message(
+        self,
+        raw: bytes,
+        headers: Mapping[str, str],
+        caller: Caller,
+        read: Read | None = None,
+    ) -> bytes | None:
         """
-        Answer a Messages call.
+        Answer a Messages call, or one that `read` makes one of.
 
         Args:
             raw: its body.
             headers: its headers, names in lower case.
             caller: who wants the answer.
+            read: gives the request in `raw`, and in whose words it is answered.
 
         Returns:
             The JSON of the whole message, or None where it was streamed to `caller`.
@@ -120,7 +133,7 @@ class Dispatch:
             ApiError: it is refused, or it failed before its status was sent.
         """
         with self.ledger.call(caller.request_id) as record:
-            request = wire.parse(raw)
+            request, dialect = (wire.parse(raw), MESSAGES) if read is None else read(raw)
             form = None if request.schema is None else schema.read(request.schema)
             one_call = tools.takes_one_call(request)
             repair = Repair(f"msg_{uuid4().hex}", request.model, one_call=one_call)
@@ -172,13 +185,67 @@ class Dispatch:
 
             if not request.stream:
                 limit = patience.client_waits(headers)
-                return await answer.whole(self.reactor, repair, ask, limit)
+                return await answer.whole(self.reactor, repair, ask, limit, dialect)
             failure = await answer.stream(
-                caller, self.reactor, self.times, repair, caller.request_id, ask
+                caller, self.reactor, self.times, repair, caller.request_id, ask, dialect
             )
             if failure is not None:
                 record.outcome = record.outcome or f"broken: {failure.kind}"
             return None
+
+    async def chat(self, raw: bytes, headers: Mapping[str, str], caller: Caller) -> bytes | None:
+        """As `message`, for a chat call of the OpenAI API."""
+        read = partial(openai.read_chat, created=self._now)
+        return await self.message(raw, headers, caller, read)
+
+    async def complete(
+        self, raw: bytes, headers: Mapping[str, str], caller: Caller
+    ) -> bytes | None:
+        """As `message`, for a bare prompt, as the OpenAI API has it."""
+        read = partial(openai.read_completion, created=self._now)
+        return await self.message(raw, headers, caller, read)
+
+    async def embed(self, raw: bytes, headers: Mapping[str, str], caller: Caller) -> bytes:
+        """
+        What the server of a tier says to a call for embeddings.
+
+        Raises:
+            ApiError: the body is wrong; or the server is down, or has no embeddings.
+        """
+        with self.ledger.call(caller.request_id) as record:
+            request = openai.read_embedding(raw)
+            lost = 0
+            while True:
+                _, call, route = self._understand(request, headers)
+                tier, route = await self._reach(route)
+                _check_takes_bare(tier)
+                self._note(record, request, call, route, caller)
+                view = dict(request.body)
+                ready = _Prepared(request, call, route, tier, view, None, record)
+                ticket = _ticket(ready, partial(self.ledger.content, record))
+                started = partial(self.ledger.started, record)
+                how: Any = {"ticket": ticket, "started": started}
+                asking = partial(embeddings.ask, tier, request.prepared, view, **how)
+                try:
+                    said = await tier.deaths.during(ticket, asking)
+                except (Lost, Unavailable) as error:
+                    lost += 1
+                    if lost > tier.config.resends:
+                        raise unavailable(
+                            f"The model server of tier {tier.name!r} went away."
+                        ) from error
+                    tier.lost()
+                    record.again()
+                else:
+                    record.usage.learn(
+                        {"input_tokens": (said.get("usage") or {}).get("prompt_tokens")}
+                    )
+                    return orjson.dumps(said)
+
+    @property
+    def _now(self) -> int:
+        """Seconds since 1970."""
+        return int(self.reactor.seconds())
 
     async def count(self, raw: bytes, headers: Mapping[str, str], caller: Caller) -> int:
         """
@@ -239,7 +306,10 @@ class Dispatch:
     def _understand(
         self, request: MessagesRequest, headers: Mapping[str, str]
     ) -> tuple[MessagesRequest, Call, Route]:
-        call = calls.understand(request, headers)
+        if isinstance(request, openai.Bare):
+            call = Call("other", "no conversation")
+        else:
+            call = calls.understand(request, headers)
         if call.kind == "hook":  # an older client sends its tools along, and wants a verdict
             request = request.without_tools()
         return request, call, routes.choose(call, request.model, self.rules, self.tiers.keys())
@@ -282,13 +352,7 @@ class Dispatch:
         Raises:
             ApiError: 503, nobody is there to answer.
         """
-        tier = self.tiers[route.tier]
-        if route.tier != routes.MAIN and not await tier.is_up():
-            route = routes.while_down(route)
-            tier = self.tiers[route.tier]
-        if route.background and not await tier.is_up():
-            raise down("Its model is down, and nobody waits for this call.", should_retry=False)
-        await tier.ready()
+        tier, route = await self._reach(route)
         body = await self._body(request, call, tier)
         if route.tier == routes.MAIN:
             return tier, body, route
@@ -302,7 +366,21 @@ class Dispatch:
         route = routes.too_long_for_small(route, tokens, window)
         return main, await self._body(request, call, main), route
 
+    async def _reach(self, route: Route) -> tuple[Tier, Route]:
+        """The tier of `route`, once its server is there, or another one's; raises as `_place`."""
+        tier = self.tiers[route.tier]
+        if route.tier != routes.MAIN and not await tier.is_up():
+            route = routes.while_down(route)
+            tier = self.tiers[route.tier]
+        if route.background and not await tier.is_up():
+            raise down("Its model is down, and nobody waits for this call.", should_retry=False)
+        await tier.ready()
+        return tier, route
+
     async def _body(self, request: MessagesRequest, call: Call, tier: Tier) -> dict[str, Json]:
+        if isinstance(request, openai.Bare):
+            _check_takes_bare(tier)
+            return dict(request.prepared)
         body = prefix.prepare(request, await tier.template())
         told = body.get("chat_template_kwargs")
         if told and call.is_in_conversation and not request.is_bound:
@@ -369,6 +447,12 @@ class Dispatch:
         return partial(under, ready.tier, ready.body, form, repair, tokens=tokens, **how)
 
 
+def _check_takes_bare(tier: Tier) -> None:
+    """Raise ApiError, 400, if only conversations can be sent to the server of `tier`."""
+    if tier.config.kind != "llama-server":
+        raise invalid(f"The server of tier {tier.name!r} is no llama-server: it takes chats only.")
+
+
 def _at_most(body: Mapping[str, Json]) -> int:
     """More tokens than the prompt can have: a token stands for at least one byte."""
     return len(orjson.dumps(body)) + _PREAMBLE + _EACH_TOOL * len(body.get("tools", ()))
@@ -399,4 +483,5 @@ def _ticket(ready: _Prepared, content: Callable[[], None]) -> Ticket:
 
 def _is_bounded(call: Call, route: Route) -> bool:
     """Whether the answer is housekeeping, which a tiny model would never end by itself."""
-    return call.is_housekeeping or (call.kind == "other" and route.tier != routes.MAIN)
+    is_aside = call.kind == "other" and call.from_claude_code
+    return call.is_housekeeping or (is_aside and route.tier != routes.MAIN)

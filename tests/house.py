@@ -94,6 +94,10 @@ class Held:
     def send(self, *events: Mapping[str, Any]) -> None:
         self.request.write(sse(*events))
 
+    def say(self, *said: Mapping[str, Any]) -> None:
+        """Events of ``/completion``, which have no names."""
+        self.request.write(b"".join(b"data: %b\n\n" % orjson.dumps(each) for each in said))
+
     def finish(self) -> None:
         self.request.finish()
 
@@ -143,6 +147,8 @@ class FakeLlama(Resource):
         self.template = ""
         #: Whether it says "no" at the end of each turn of a user when thinking is off.
         self.rewrites = False
+        #: Whether it was started with --embeddings.
+        self.embeds = False
         #: Paths that are never answered.
         self.hangs: set[str] = set()
 
@@ -183,10 +189,19 @@ class FakeLlama(Resource):
             case "/v1/messages/count_tokens":
                 return orjson.dumps({"input_tokens": 77})
             case "/v1/messages":
-                held = Held(body, request)
-                self.held.append(held)
-                request.notifyFinish().addErrback(lambda _: setattr(held, "left", True))
-                return NOT_DONE_YET
+                return self._hold(body, request)
+            case "/completion" if body.get("stream"):
+                return self._hold(body, request)
+            case "/v1/embeddings" if self.embeds:
+                vector = {"object": "embedding", "index": 0, "embedding": [0.5, -0.5]}
+                usage = {"prompt_tokens": 3, "total_tokens": 3}
+                said = {"object": "list", "model": "fake", "data": [vector], "usage": usage}
+                return orjson.dumps(said)
+            case "/v1/embeddings":
+                request.setResponseCode(501)
+                message = "This server does not support embeddings. Start it with `--embeddings`"
+                error = {"code": 501, "message": message, "type": "not_supported_error"}
+                return orjson.dumps({"error": error})
             case "/completion":
                 said = {
                     "content": self.completions.pop(0),
@@ -203,6 +218,13 @@ class FakeLlama(Resource):
             case _:
                 request.setResponseCode(404)
                 return b'{"error":{"code":404,"message":"File Not Found","type":"not_found_error"}}'
+
+    def _hold(self, body: Any, request: Request) -> Any:
+        """Leave a completion to the test."""
+        held = Held(body, request)
+        self.held.append(held)
+        request.notifyFinish().addErrback(lambda _: setattr(held, "left", True))
+        return NOT_DONE_YET
 
     def paths(self) -> list[str]:
         return [path for path, _ in self.asked]
@@ -292,6 +314,12 @@ class Browser:
         """The events of a stream."""
         blocks = [block for block in self.body.split(b"\n\n") if b"data: " in block]
         return [orjson.loads(block.split(b"data: ", 1)[1]) for block in blocks]
+
+    @property
+    def chunks(self) -> list[dict[str, Any]]:
+        """The chunks of a stream in the words of the OpenAI API, without its end."""
+        blocks = [block for block in self.body.split(b"\n\n") if block.startswith(b"data: {")]
+        return [orjson.loads(block.removeprefix(b"data: ")) for block in blocks]
 
     @property
     def ended(self) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from hashlib import blake2b
-from typing import Any, Final, cast
+from typing import Any, Final, Protocol, cast
 
 import attrs
 import orjson
@@ -33,7 +33,7 @@ from twisted.internet.interfaces import (
     IReactorTime,
     IStreamClientEndpoint,
 )
-from twisted.internet.protocol import Protocol
+from twisted.internet.protocol import Protocol as Receiver
 from twisted.python.failure import Failure
 from twisted.web.client import (
     Agent,
@@ -53,7 +53,9 @@ from zope.interface import implementer
 from gateway.config import upstream_endpoint
 from gateway.llama.child import Health
 from gateway.policy.template import Template
+from gateway.wire import bare
 from gateway.wire.errors import ApiError, from_upstream, unavailable
+from gateway.wire.sse import SSEEvent, SSEParser
 
 Json = Any
 
@@ -141,6 +143,13 @@ class Moved:
     seconds: float
 
 
+class Parser(Protocol):
+    """What makes a Messages stream of an upstream's bytes."""
+
+    def feed(self, chunk: bytes) -> list[SSEEvent]:
+        """The events that `chunk` completes, in order; raises `EventTooLong`."""
+
+
 @implementer(IBodyProducer)
 @attrs.frozen
 class _BytesBody:
@@ -167,7 +176,7 @@ _DONE: Final = Failure(ResponseDone())
 
 
 @attrs.define(eq=False)
-class _Reading(Protocol):
+class _Reading(Receiver):
     """
     Hands a response's body on as it comes.  Cancelling `done` hangs up.
 
@@ -230,10 +239,17 @@ class _Reading(Protocol):
 
 @attrs.frozen(eq=False)
 class Answer:
-    """An answer of llama-server whose status is known and whose body is still to come."""
+    """
+    An answer whose status is known and whose body is still to come.
+
+    Attributes:
+        response: as Twisted has it.
+        parser: reads its body, where that is a stream.
+    """
 
     response: IResponse
     _read: set[_Reading] = attrs.field(factory=set)
+    parser: Parser = attrs.field(factory=SSEParser)
 
     @property
     def status(self) -> int:
@@ -386,16 +402,23 @@ class LlamaClient:
 
     async def messages(self, body: Mapping[str, Json]) -> Answer:
         """
-        Send a Messages call, to be streamed.
+        Send a call, to be streamed: a Messages call, or a bare prompt (`gateway.wire.bare`).
 
         Raises:
             ApiError: the server cannot be reached, or refuses.
             Lost: it went away before it answered.
         """
-        answer = await self._request("POST", "/v1/messages", {**body, "stream": True})
-        if answer.status != 200:
-            raise from_upstream(answer.status, await answer.read(), self.tier)
-        return answer
+        if bare.is_meant(body):
+            answer = await self._streamed("/completion", bare.completion(body))
+            return attrs.evolve(answer, parser=bare.Continuation())
+        return await self._streamed("/v1/messages", body)
+
+    async def embeddings(self, body: Mapping[str, Json]) -> dict[str, Json]:
+        """What the server says to a body of ``/v1/embeddings``; raises as `messages` does."""
+        said = await self._json(await self._request("POST", "/v1/embeddings", body))
+        if not isinstance(said, dict):
+            raise self._no_llama()
+        return said
 
     async def complete(self, wanted: Mapping[str, Json]) -> Completion:
         """The answer to a bare prompt (``POST /completion``, not streamed)."""
@@ -465,6 +488,12 @@ class LlamaClient:
             ) from None
         except Lost:
             raise self._gone() from None
+
+    async def _streamed(self, path: str, body: Mapping[str, Json]) -> Answer:
+        answer = await self._request("POST", path, {**body, "stream": True})
+        if answer.status != 200:
+            raise from_upstream(answer.status, await answer.read(), self.tier)
+        return answer
 
     async def _json(self, answer: Answer) -> Json:
         body = await answer.read()

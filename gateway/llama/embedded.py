@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
+_POOLINGS: Final = ("unspecified", "none", "mean", "cls", "last", "rank")
 _REASONING_FORMATS: Final = ("none", "auto", "deepseek", "deepseek-legacy")
 
 
@@ -49,6 +50,8 @@ def parser() -> argparse.ArgumentParser:
     add("--reasoning-format", choices=_REASONING_FORMATS, default="deepseek")
     add("-r", "--reverse-prompt", action="append", default=[], help="ends an answer; repeatable")
     add("--repeat-penalty", type=float, default=1.0)
+    add("--embeddings", action="store_true")
+    add("--pooling", choices=_POOLINGS, default="unspecified", help="unspecified: the model's own")
     return options
 
 
@@ -112,6 +115,9 @@ def parameters(xllamacpp: Any, options: argparse.Namespace) -> Any:
     params.reasoning_format = _reasoning_format(xllamacpp, options.reasoning_format)
     params.antiprompt = options.reverse_prompt
     params.sampling.penalty_repeat = options.repeat_penalty
+    params.embedding = options.embeddings
+    pooling = f"LLAMA_POOLING_TYPE_{options.pooling.upper()}"
+    params.pooling_type = getattr(xllamacpp.llama_pooling_type, pooling)
     params.cors_origins = "localhost"
     params.ui = False
     return params

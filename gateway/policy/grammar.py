@@ -7,8 +7,9 @@ written for a number of characters: texts and lists get bounds of their own, siz
 longest answer still closes, since a tiny model would fill a title with 32 000 tokens.
 
 1. There is one way to write each value: ``{"a": 1, "b": [2, 3]}``.
-2. What must be there gets the room that it needs; what is left is shared.
-3. A repetition is written with numbers below a thousand: llama.cpp refuses more than 2 000.
+2. Any object has no bounds: nobody can say how long which of its members may be.
+3. What must be there gets the room that it needs; what is left is shared.
+4. A repetition is written with numbers below a thousand: llama.cpp refuses more than 2 000.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import attrs
 
 from gateway.policy.pattern import Chars, Choice, Piece, Ranges, Row, Times, without
 from gateway.policy.shapes import (
+    AnyObject,
     Either,
     List,
     Matching,
@@ -100,6 +102,9 @@ class _Writing:
                 return self.rule(self.items(shape, room - 2))
             case Object():
                 return self.rule(self.members(shape, room - 2))
+            case AnyObject():
+                self.names |= _ANY
+                return self.rule(_ANY_OBJECT)
             case Either():
                 within = [each for each in shape.shapes if each.shortest <= room]
                 alternatives = within or [min(shape.shapes, key=lambda each: each.shortest)]
@@ -254,6 +259,24 @@ def _point(point: int) -> str:
     if chr(point).isascii() and chr(point).isalnum():
         return chr(point)
     return f"\\U{point:08X}" if point > 0xFFFF else f"\\u{point:04X}"
+
+
+# --- anything -----------------------------------------------------------------------------------
+
+_ANY_OBJECT: Final = '"{" members? "}"'
+
+#: The rules of any JSON, by what they say.
+_ANY: Final = {
+    _ANY_OBJECT: "object",
+    'string ": " anything (", " members)?': "members",
+    'object | list | string | number | "true" | "false" | "null"': "anything",
+    '"[" items? "]"': "list",
+    'anything (", " items)?': "items",
+    _quoted("text?"): "string",
+    "character text?": "text",
+    _characters(((0x09, 0x0A), (0x20, 0x10FFFF))): "character",
+    '"-"? ("0" | [1-9] [0-9]{0,14}) ("." [0-9]{1,6})?': "number",
+}
 
 
 # --- numbers ----------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ that is not held to a keyword would break it sooner or later.
 1. References are followed, and ``anyOf``, ``oneOf`` and ``allOf`` multiplied out, until there are
    branches of plain keywords; branches that nothing fits are dropped.
 2. Each branch becomes a shape for each type that it allows.
-3. Objects are closed: an answer has no other members than those that the schema names.
+3. Objects are closed: an answer has no other members than those that the schema names.  Only one
+   that is the whole answer, names none and allows others has what the model likes.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from referencing import Registry
 from gateway.policy import pattern
 from gateway.policy.shapes import (
     ENDLESS,
+    AnyObject,
     List,
     Matching,
     Member,
@@ -321,7 +323,10 @@ class _Reading:
 
     def of_object(self, branch: _Branch, path: str) -> Shape:
         properties, required = branch.get("properties", {}), branch.get("required", ())
-        if not properties and not branch.get("closed"):
+        closed = branch.get("closed")
+        if branch.get("open") and path == _WHERE and not (properties or required or closed):
+            return AnyObject()
+        if not properties and not closed:
             raise invalid(f"{path}: an object needs properties, or additionalProperties: false")
         missing = [name for name in required if name not in properties]
         if missing:
@@ -429,7 +434,7 @@ def _additional(value: Json, path: str) -> _Branch:
     if value is False:
         return {"closed": True}
     if value is True or not value:
-        return {}
+        return {"open": True}
     raise invalid(
         f"{path}: additionalProperties with a schema is not supported; a list of objects with a"
         " name and a value says the same"
@@ -583,6 +588,7 @@ _MERGED: Final[Mapping[str, Callable[[Json, Json, str], Json]]] = {
     "values": _same_values,
     "properties": _later,  # `_members` knows both sides
     "closed": _later,
+    "open": _later,
     "required": _names,
     "items": _all_of,
     "pattern": _equal("pattern"),

@@ -12,6 +12,7 @@ import math
 from decimal import Decimal
 from functools import cached_property
 from itertools import chain
+from typing import ClassVar
 
 import attrs
 
@@ -160,7 +161,15 @@ class Either:
         return max(shape.longest for shape in self.shapes)
 
 
-Shape = Values | Text | Matching | Number | List | Object | Either
+@attrs.frozen
+class AnyObject:
+    """An object of any members, as long as its writer likes."""
+
+    shortest: ClassVar[int] = 2
+    longest: ClassVar[float] = ENDLESS
+
+
+Shape = Values | Text | Matching | Number | List | Object | AnyObject | Either
 
 
 def either(shapes: list[Shape]) -> Shape:

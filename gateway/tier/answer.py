@@ -18,7 +18,6 @@ from contextlib import suppress
 from typing import Any, Protocol, Self
 
 import attrs
-import orjson
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.defer import TimeoutError as TimedOut
 from twisted.internet.interfaces import IDelayedCall, IPushProducer, IReactorTime
@@ -30,20 +29,17 @@ from gateway.tier import constrained
 from gateway.tier.line import Permit, Ticket
 from gateway.tier.tier import Tier
 from gateway.wire import pulse
+from gateway.wire.dialect import MESSAGES, Dialect
 from gateway.wire.errors import ApiError, unavailable
 from gateway.wire.events import (
-    PING,
-    STILL,
     Assembly,
     Event,
     Repair,
     Truncated,
-    encode,
-    error_event,
     message_events,
 )
 from gateway.wire.pulse import Rung, Times, Told
-from gateway.wire.sse import EventTooLong, SSEParser
+from gateway.wire.sse import EventTooLong
 
 Json = Any
 
@@ -101,7 +97,7 @@ Ask = Callable[[Teller], Awaitable[None]]
 
 
 @attrs.frozen
-class _UnderWay:
+class UnderWay:
     """A call that has its permit; its progress ends before the permit goes to the next one."""
 
     tier: Tier
@@ -153,7 +149,7 @@ async def from_model(
     """
     tier.cache.give_way()
     permit = await tier.line.join(ticket)
-    under_way = _UnderWay(tier, ticket, permit)
+    under_way = UnderWay(tier, ticket, permit)
     try:
         try:
             started()
@@ -165,12 +161,11 @@ async def from_model(
         teller.commit()
         watch = tier.pace.watch(body)
         tier.progress.expect(ticket.name, ticket.seen())
-        parser = SSEParser()
 
         def receive(chunk: bytes) -> None:
             told: list[Event] = []
             try:
-                for event in parser.feed(chunk):
+                for event in answer.parser.feed(chunk):
                     watch.token()
                     tier.token()
                     tier.progress.token(ticket.name)
@@ -214,7 +209,7 @@ async def under_schema(
     """As `from_model`, for an answer of at most `tokens` that must have this form."""
     tier.cache.give_way()
     permit = await tier.line.join(ticket)
-    under_way = _UnderWay(tier, ticket, permit)
+    under_way = UnderWay(tier, ticket, permit)
     try:
         try:
             started()
@@ -342,6 +337,7 @@ class Streamed:
     _times: Times
     _repair: Repair
     _arrived: float
+    _dialect: Dialect = MESSAGES
     _count: Count | None = attrs.field(default=None, init=False)
     _said_at: float | None = attrs.field(default=None, init=False)
     _beat_at: IDelayedCall | None = attrs.field(default=None, init=False)
@@ -368,7 +364,7 @@ class Streamed:
             self.client.begin()
 
     def tell(self, events: Iterable[Event]) -> None:
-        data = b"".join(map(encode, events))
+        data = self._dialect.told(events)
         if data:
             self._say(data)
 
@@ -390,7 +386,7 @@ class Streamed:
             raise error
         if not self._repair.has_content and error.is_transient:
             error = attrs.evolve(error, kind="overloaded_error")
-        self._say(error_event(error, request_id))
+        self._say(self._dialect.failed(error, request_id))
 
     def _say(self, data: bytes) -> None:
         self.commit()
@@ -414,9 +410,9 @@ class Streamed:
         self._beat_at = self._reactor.callLater(again, self._beat)
         match rung:
             case Rung.PING:
-                self._say(PING)
+                self._say(self._dialect.ping())
             case Rung.DELTA:
-                self._say(STILL)
+                self._say(self._dialect.still())
             case Rung.START if self._starting is None:
                 self._starting = Deferred.fromCoroutine(self._start())
                 self._starting.addErrback(_unless_cancelled)
@@ -439,6 +435,7 @@ async def stream(
     repair: Repair,
     request_id: str,
     ask: Ask,
+    dialect: Dialect = MESSAGES,
 ) -> ApiError | None:
     """
     Tell the answer that `ask` asks for as a stream, its failure included.
@@ -449,7 +446,7 @@ async def stream(
     Raises:
         ApiError: it went wrong before.
     """
-    with Streamed(client, reactor, times, repair, reactor.seconds()) as told:
+    with Streamed(client, reactor, times, repair, reactor.seconds(), dialect) as told:
         try:
             await ask(told)
         except ApiError as error:
@@ -465,7 +462,13 @@ async def stream(
     return None
 
 
-async def whole(reactor: IReactorTime, repair: Repair, ask: Ask, limit: float | None) -> bytes:
+async def whole(
+    reactor: IReactorTime,
+    repair: Repair,
+    ask: Ask,
+    limit: float | None,
+    dialect: Dialect = MESSAGES,
+) -> bytes:
     """
     The answer that `ask` asks for, as the JSON of one message.
 
@@ -484,7 +487,7 @@ async def whole(reactor: IReactorTime, repair: Repair, ask: Ask, limit: float | 
         raise _went_away(repair.tier) from None
     except TimedOut:
         raise _too_slow(limit or 0) from None
-    return orjson.dumps(told.message())
+    return dialect.whole(told.message())
 
 
 async def _asked(ask: Ask, teller: Teller) -> None:

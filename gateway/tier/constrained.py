@@ -21,6 +21,7 @@ from attrs import evolve
 from gateway.llama.client import Completion, LlamaClient
 from gateway.policy import grammar
 from gateway.policy.schema import Form
+from gateway.policy.shapes import AnyObject
 from gateway.wire import chat
 from gateway.wire.errors import ApiError
 
@@ -66,6 +67,8 @@ async def complete(
         if form.fits(completion.text):
             # Whole it is, also where the limit left no room for the sign that ends it.
             return evolve(completion, stopped="eos")
+        if completion.stopped == "limit" and isinstance(form.shape, AnyObject):
+            return completion  # its grammar would let it go on for ever once more
         sampling = {}
     if completion.stopped == "limit":
         return completion

@@ -19,7 +19,7 @@ import orjson
 from twisted.internet.defer import DeferredSemaphore
 
 from gateway.llama.client import LlamaClient
-from gateway.wire import chat
+from gateway.wire import bare, chat
 from gateway.wire.errors import ApiError
 
 Json = Any
@@ -48,7 +48,7 @@ class Counter:
         Raises:
             ApiError: the server is down, or cannot render it.
         """
-        asked = chat.from_messages(body)
+        asked = body if bare.is_meant(body) else chat.from_messages(body)
         key = blake2b(orjson.dumps(asked), digest_size=16).digest()
         if key in self._known:
             self._known.move_to_end(key)
@@ -65,6 +65,9 @@ class Counter:
         self._known.clear()
 
     async def _ask(self, asked: Mapping[str, Json], body: Mapping[str, Json]) -> int:
+        if bare.is_meant(asked):
+            prompt = asked["prompt"]
+            return len(prompt) if isinstance(prompt, list) else await self.client.count(prompt)
         if _has_image(asked):
             return await self.client.count_tokens(body)
         try:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import attrs
 from twisted.internet.defer import DeferredLock
@@ -23,6 +23,7 @@ from gateway.tier.line import Ticket
 from gateway.wire.errors import ApiError, poisonous
 
 Json = Any
+_T = TypeVar("_T")
 
 #: Deaths after which a call is poison, and seconds for which that is remembered.
 _TOO_MANY: Final = 2
@@ -51,9 +52,9 @@ class Deaths:
     _suspects: OrderedDict[bytes, _Suspect] = attrs.field(factory=OrderedDict, init=False)
     _alone: DeferredLock = attrs.field(factory=DeferredLock, init=False)
 
-    async def during(self, ticket: Ticket, asking: Callable[[], Awaitable[None]]) -> None:
+    async def during(self, ticket: Ticket, asking: Callable[[], Awaitable[_T]]) -> _T:
         """
-        Await `asking`, which sends the call of `ticket` to the server.
+        Await `asking`, which sends the call of `ticket` to the server, and give what it gives.
 
         Raises:
             ApiError: 500, the call is poison; or what `asking` raises.
@@ -64,16 +65,16 @@ class Deaths:
             raise self._refusal(suspect)
         try:
             if suspect is None:
-                await asking()
-            else:
-                async with self._alone:
-                    await asking()
-                self._suspects.pop(ticket.key(), None)
+                return await asking()
+            async with self._alone:
+                given = await asking()
+            self._suspects.pop(ticket.key(), None)
         except Lost:
             suspect = self._blame(ticket)
             if suspect.deaths >= _TOO_MANY:
                 raise self._refusal(suspect) from None
             raise
+        return given
 
     def status(self) -> list[Json]:
         """For ``/status``: the calls that are refused, by the id that they had last."""

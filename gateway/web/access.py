@@ -27,6 +27,7 @@ from twisted.python.failure import Failure
 from twisted.web.http import HTTPChannel
 from twisted.web.server import Request, Site
 
+from gateway.wire import completions
 from gateway.wire.errors import ApiError, invalid
 
 _LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "[::1]"})
@@ -165,10 +166,7 @@ class BoundedRequest(Request):
 
     def header_values(self) -> dict[str, str]:
         """The headers, names in lower case, each with its last value."""
-        return {
-            name.decode("latin-1").lower(): values[-1].decode("latin-1")
-            for name, values in self.requestHeaders.getAllRawHeaders()
-        }
+        return header_values(self)
 
     def process(self) -> None:
         self.setHeader(b"request-id", self.request_id.encode())
@@ -206,14 +204,30 @@ def refuse(request: Request, error: ApiError) -> None:
     request.finish()
 
 
+def speaks_openai(request: Request) -> bool:
+    """Whether this request wants to be answered in the words of the OpenAI API."""
+    return completions.is_meant(request.path.decode("latin-1"), header_values(request))
+
+
+def header_values(request: Request) -> dict[str, str]:
+    """The headers of `request`, names in lower case, each with its last value."""
+    return {
+        name.decode("latin-1").lower(): values[-1].decode("latin-1")
+        for name, values in request.requestHeaders.getAllRawHeaders()
+    }
+
+
 def write_error(request: Request, error: ApiError) -> bytes:
     """Set the status and the headers that `error` wants, and give its body."""
-    request.setResponseCode(error.status)
+    if speaks_openai(request):
+        status, envelope = completions.status(error), completions.envelope(error)
+    else:
+        status, envelope = error.status, error.envelope(getattr(request, "request_id", ""))
+    request.setResponseCode(status)
     request.setHeader(b"content-type", b"application/json")
     for name, value in error.headers().items():
         request.setHeader(name.encode(), value.encode())
-    identity = getattr(request, "request_id", "")
-    body = orjson.dumps(error.envelope(identity))
+    body = orjson.dumps(envelope)
     request.setHeader(b"content-length", b"%d" % len(body))
     return body
 

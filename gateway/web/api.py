@@ -1,4 +1,4 @@
-"""The Messages API over HTTP, and nothing else: read, hand to dispatch, write what comes back."""
+"""The two APIs over HTTP, and nothing else: read, hand to dispatch, write what comes back."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from twisted.internet.error import ConnectionClosed
 from twisted.internet.interfaces import IPushProducer, IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from gateway.capture import MOST, Capture
 from gateway.dispatch import Dispatch
 from gateway.policy.routes import MODEL_PREFIX
-from gateway.web.access import BoundedRequest, write_error
+from gateway.web.access import BoundedRequest, speaks_openai, write_error
 from gateway.web.dashboard import Dashboard
 from gateway.web.metrics import CONTENT_TYPE, Metrics
+from gateway.wire import completions
 from gateway.wire.errors import ApiError, stopping
 
 Json = Any
@@ -145,26 +146,55 @@ class Api:
     @app.route("/v1/models", methods=["GET"])
     async def models(self, request: BoundedRequest) -> bytes:
         """Each tier as a model, with its true window while its server is up."""
-        listed = []
-        for name, tier in self.dispatch.tiers.items():
-            try:
-                props = await tier.props()
-            except ApiError:
-                alias, window = "not running", None
-            else:
-                alias, window = props.alias.rpartition("/")[2], props.n_ctx
-            listed.append(
-                {
-                    "type": "model",
-                    "id": f"{MODEL_PREFIX}{name}",
-                    "display_name": f"{name}: {alias}",
-                    "created_at": "2026-01-01T00:00:00Z",
-                    "max_input_tokens": window,
-                    "max_tokens": window,
-                }
-            )
+        listed = [await self._model(request, name) for name in self.dispatch.tiers]
+        if speaks_openai(request):
+            return _json(request, {"object": "list", "data": listed})
         ends = {"first_id": listed[0]["id"], "last_id": listed[-1]["id"]}
         return _json(request, {"data": listed, "has_more": False, **ends})
+
+    @app.route("/v1/models/<identity>", methods=["GET"])
+    async def model(self, request: BoundedRequest, identity: str) -> bytes:
+        name = identity.removeprefix(MODEL_PREFIX)
+        if name == identity or name not in self.dispatch.tiers:
+            known = ", ".join(f"{MODEL_PREFIX}{tier}" for tier in self.dispatch.tiers)
+            raise ApiError(
+                "not_found_error", f"There is no model {identity[:100]!r}, only {known}."
+            )
+        return _json(request, await self._model(request, name))
+
+    async def _model(self, request: BoundedRequest, name: str) -> Json:
+        """The tier of this name as a model, in the shape that `request` wants."""
+        try:
+            props = await self.dispatch.tiers[name].props()
+        except ApiError:
+            alias, window = "not running", None
+        else:
+            alias, window = props.alias.rpartition("/")[2], props.n_ctx
+        identity = f"{MODEL_PREFIX}{name}"
+        if speaks_openai(request):
+            return completions.model(identity, window)
+        return {
+            "type": "model",
+            "id": identity,
+            "display_name": f"{name}: {alias}",
+            "created_at": "2026-01-01T00:00:00Z",
+            "max_input_tokens": window,
+            "max_tokens": window,
+        }
+
+    # --- the OpenAI API ---------------------------------------------------------------------------
+
+    @app.route("/v1/chat/completions", methods=["POST"])
+    async def chat(self, request: BoundedRequest) -> bytes | None:
+        return await self._answer(Reply(request), self.dispatch.chat)
+
+    @app.route("/v1/completions", methods=["POST"])
+    async def complete(self, request: BoundedRequest) -> bytes | None:
+        return await self._answer(Reply(request), self.dispatch.complete)
+
+    @app.route("/v1/embeddings", methods=["POST"])
+    async def embed(self, request: BoundedRequest) -> bytes | None:
+        return await self._answer(Reply(request), self.dispatch.embed)
 
     # --- for who runs the house -------------------------------------------------------------------
 
@@ -279,6 +309,8 @@ class Api:
         path = request.path.decode("ascii", "replace")[:100]
         method = request.method.decode("ascii", "replace")[:20]
         error = ApiError("not_found_error", f"There is no {method} {path} here.")
+        if isinstance(failure.value, MethodNotAllowed) and speaks_openai(request):
+            error = attrs.evolve(error, status=405)
         return write_error(request, error)
 
     @app.handle_errors(Exception)

@@ -10,15 +10,25 @@ sends are listed in docs/protocol.md).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import attrs
 import orjson
 
+from gateway.wire.checks import (
+    by_type,
+    each,
+    fields,
+    filled,
+    integer,
+    is_a,
+    number,
+    one_of,
+    text_or,
+)
 from gateway.wire.errors import invalid
 
-type_name: Final = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
 Json = Any
 
 
@@ -99,153 +109,70 @@ def parse(raw: bytes, *, counting: bool = False) -> MessagesRequest:
     Raises:
         ApiError: 400, with the path of the first mistake.
     """
+    return checked(load(raw), len(raw), counting=counting)
+
+
+def load(raw: bytes) -> dict[str, Json]:
+    """The JSON object in `raw`; raises ApiError, 400, if there is none."""
     try:
         body = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
         raise invalid(f"The body is not valid JSON: {error}") from None
     if not isinstance(body, dict):
         raise invalid("The body must be a JSON object.")
+    return body
+
+
+def not_too_deep(body: Mapping[str, Json]) -> None:
+    """Raise ApiError, 400, if `body` could not be written again."""
     try:
         orjson.dumps([[[[body]]]])  # what is made of it may be nested a little deeper
     except TypeError:
         raise invalid("The body is nested too deep.") from None
+
+
+def checked(body: dict[str, Json], size: int, *, counting: bool = False) -> MessagesRequest:
+    """As `parse`, for a body that is loaded already, of `size` bytes on the wire."""
+    not_too_deep(body)
     _check_body(body, counting)
-    return MessagesRequest(body, len(raw))
+    return MessagesRequest(body, size)
 
 
-# --- checks: each takes a value and its path, and raises at the first mistake -----------------
+# --- what a body must be ----------------------------------------------------------------------
 
-Check = Callable[[Json, str], None]
-
-
-def _wrong(path: str, expected: str) -> Exception:
-    return invalid(f"{path}: Input should be {expected}")
-
-
-def _is(kind: type) -> Check:
-    def check(value: Json, path: str) -> None:
-        if not isinstance(value, kind):
-            raise _wrong(path, type_name[kind])
-
-    return check
-
-
-def _one_of(*allowed: str) -> Check:
-    def check(value: Json, path: str) -> None:
-        if value not in allowed:
-            raise _wrong(path, " or ".join(repr(each) for each in allowed))
-
-    return check
-
-
-def _integer(least: int) -> Check:
-    def check(value: Json, path: str) -> None:
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise _wrong(path, f"an integer of at least {least}")
-
-    return check
-
-
-def _number(least: float, most: float) -> Check:
-    def check(value: Json, path: str) -> None:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise _wrong(path, "a number")
-        if not least <= value <= most:
-            raise _wrong(path, f"between {least} and {most}")
-
-    return check
-
-
-def _filled(value: Json, path: str) -> None:
-    _is(str)(value, path)
-    if not value:
-        raise _wrong(path, "a string of at least one character")
-
-
-def _each(check: Check) -> Check:
-    def check_all(value: Json, path: str) -> None:
-        _is(list)(value, path)
-        for number, item in enumerate(value):
-            check(item, f"{path}.{number}")
-
-    return check_all
-
-
-def _fields(required: Mapping[str, Check], optional: Mapping[str, Check] | None = None) -> Check:
-    optional = optional or {}
-
-    def check(value: Json, path: str) -> None:
-        _is(dict)(value, path)
-        prefix = f"{path}." if path else ""
-        for name, check_field in required.items():
-            if name not in value:
-                raise invalid(f"{prefix}{name}: Field required")
-            check_field(value[name], prefix + name)
-        for name, check_field in optional.items():
-            if value.get(name) is not None:
-                check_field(value[name], prefix + name)
-
-    return check
-
-
-def _by_type(known: Mapping[str, Check]) -> Check:
-    """An object with a ``type``; what else it must have depends on that, if we know it."""
-
-    def check(value: Json, path: str) -> None:
-        _fields({"type": _filled})(value, path)
-        known.get(value["type"], _anything)(value, path)
-
-    return check
-
-
-def _anything(value: Json, path: str) -> None:
-    """Somebody's future."""
-
-
-def _text_or(blocks: Check) -> Check:
-    def check(value: Json, path: str) -> None:
-        if isinstance(value, str):
-            return
-        if not isinstance(value, list):
-            raise _wrong(path, "a string or a list of content blocks")
-        blocks(value, path)
-
-    return check
-
-
-_text_block = _fields({"text": _is(str)})
-_image_block = _fields(
+_text_block = fields({"text": is_a(str)})
+_image_block = fields(
     {
-        "source": _by_type(
+        "source": by_type(
             {
-                "base64": _fields({"media_type": _is(str), "data": _is(str)}),
-                "url": _fields({"url": _is(str)}),
+                "base64": fields({"media_type": is_a(str), "data": is_a(str)}),
+                "url": fields({"url": is_a(str)}),
             }
         )
     }
 )
-_document_block = _fields(
+_document_block = fields(
     {
-        "source": _by_type(
+        "source": by_type(
             {
-                "text": _fields({"data": _is(str)}),
-                "content": _fields(
+                "text": fields({"data": is_a(str)}),
+                "content": fields(
                     {
-                        "content": _text_or(
-                            _each(_by_type({"text": _text_block, "image": _image_block}))
+                        "content": text_or(
+                            each(by_type({"text": _text_block, "image": _image_block}))
                         )
                     }
                 ),
             }
         )
     },
-    {"title": _is(str), "context": _is(str)},
+    {"title": is_a(str), "context": is_a(str)},
 )
-_search_result_block = _fields(
-    {"title": _is(str), "source": _is(str), "content": _each(_by_type({"text": _text_block}))}
+_search_result_block = fields(
+    {"title": is_a(str), "source": is_a(str), "content": each(by_type({"text": _text_block}))}
 )
-_reference_block = _fields({"tool_name": _filled})
-_change_block = _fields({"tool": _fields({"name": _filled})})
+_reference_block = fields({"tool_name": filled})
+_change_block = fields({"tool": fields({"name": filled})})
 _SHOWN: Final = {
     "text": _text_block,
     "image": _image_block,
@@ -253,17 +180,17 @@ _SHOWN: Final = {
     "search_result": _search_result_block,
     "tool_reference": _reference_block,
 }
-_result_block = _fields(
-    {"tool_use_id": _filled},
-    {"content": _text_or(_each(_by_type(_SHOWN))), "is_error": _is(bool)},
+_result_block = fields(
+    {"tool_use_id": filled},
+    {"content": text_or(each(by_type(_SHOWN))), "is_error": is_a(bool)},
 )
-_content = _text_or(
-    _each(
-        _by_type(
+_content = text_or(
+    each(
+        by_type(
             {
                 **_SHOWN,
-                "thinking": _fields({"thinking": _is(str)}),
-                "tool_use": _fields({"id": _filled, "name": _filled, "input": _is(dict)}),
+                "thinking": fields({"thinking": is_a(str)}),
+                "tool_use": fields({"id": filled, "name": filled, "input": is_a(dict)}),
                 "tool_result": _result_block,
                 "tool_addition": _change_block,
                 "tool_removal": _change_block,
@@ -271,56 +198,56 @@ _content = _text_or(
         )
     )
 )
-_message = _fields({"role": _one_of("user", "assistant", "system"), "content": _content})
+_message = fields({"role": one_of("user", "assistant", "system"), "content": _content})
 
 
 def _system_block(value: Json, path: str) -> None:
-    _fields({"type": _one_of("text"), "text": _is(str)})(value, path)
+    fields({"type": one_of("text"), "text": is_a(str)})(value, path)
 
 
 def _tool(value: Json, path: str) -> None:
-    _fields(
-        {"name": _filled}, {"type": _filled, "description": _is(str), "defer_loading": _is(bool)}
+    fields(
+        {"name": filled}, {"type": filled, "description": is_a(str), "defer_loading": is_a(bool)}
     )(value, path)
     if value.get("type", "custom") == "custom":
-        _fields({"input_schema": _is(dict)})(value, path)
+        fields({"input_schema": is_a(dict)})(value, path)
 
 
 def _tool_choice(value: Json, path: str) -> None:
-    _fields(
-        {"type": _one_of("auto", "any", "tool", "none")}, {"disable_parallel_tool_use": _is(bool)}
+    fields(
+        {"type": one_of("auto", "any", "tool", "none")}, {"disable_parallel_tool_use": is_a(bool)}
     )(value, path)
     if value["type"] == "tool":
-        _fields({"name": _filled})(value, path)
+        fields({"name": filled})(value, path)
 
 
 def _thinking(value: Json, path: str) -> None:
-    _fields({"type": _one_of("enabled", "disabled", "adaptive")})(value, path)
+    fields({"type": one_of("enabled", "disabled", "adaptive")})(value, path)
     if value["type"] == "enabled":
-        _fields({"budget_tokens": _integer(1)})(value, path)
+        fields({"budget_tokens": integer(1)})(value, path)
 
 
 def _format(value: Json, path: str) -> None:
-    _fields({"type": _one_of("json_schema"), "schema": _is(dict)})(value, path)
+    fields({"type": one_of("json_schema"), "schema": is_a(dict)})(value, path)
 
 
-_body = _fields(
-    {"model": _filled, "messages": _each(_message)},
+_body = fields(
+    {"model": filled, "messages": each(_message)},
     {
-        "system": _text_or(_each(_system_block)),
-        "tools": _each(_tool),
+        "system": text_or(each(_system_block)),
+        "tools": each(_tool),
         "tool_choice": _tool_choice,
         "thinking": _thinking,
-        "stop_sequences": _each(_is(str)),
-        "temperature": _number(0, 2),
-        "top_p": _number(0, 1),
-        "top_k": _integer(0),
-        "stream": _is(bool),
-        "metadata": _is(dict),
-        "output_config": _fields({}, {"format": _format, "effort": _is(str)}),
+        "stop_sequences": each(is_a(str)),
+        "temperature": number(0, 2),
+        "top_p": number(0, 1),
+        "top_k": integer(0),
+        "stream": is_a(bool),
+        "metadata": is_a(dict),
+        "output_config": fields({}, {"format": _format, "effort": is_a(str)}),
         "output_format": _format,
-        "max_tokens": _integer(1),
-        "chat_template_kwargs": _is(dict),
+        "max_tokens": integer(1),
+        "chat_template_kwargs": is_a(dict),
     },
 )
 
@@ -328,7 +255,7 @@ _body = _fields(
 def _check_body(body: dict[str, Json], counting: bool) -> None:
     _body(body, "")
     if not counting:
-        _fields({"max_tokens": _integer(1)})(body, "")
+        fields({"max_tokens": integer(1)})(body, "")
     if all(message["role"] == "system" for message in body["messages"]):
         raise invalid("messages: at least one message of the user is required")
     names = [tool["name"] for tool in body.get("tools") or ()]

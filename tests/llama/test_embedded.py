@@ -11,6 +11,7 @@ import xllamacpp
 from gateway.llama import embedded
 
 FORMATS = xllamacpp.common_reasoning_format
+POOLINGS = xllamacpp.llama_pooling_type
 
 #: Every name that the embedded server takes, with a value where it has one.
 NAMES = {
@@ -35,6 +36,8 @@ NAMES = {
     "--reasoning-format": "none",
     "--reverse-prompt": ".",
     "--repeat-penalty": "1.5",
+    "--embeddings": None,
+    "--pooling": "mean",
 }
 
 SHORT = {
@@ -249,6 +252,8 @@ def test_the_models_of_the_demo_are_found(package: str) -> None:
         ("--swa-full", "swa_full", True),
         ("--api-key one,two", "api_keys", ["one", "two"]),
         ("--metrics", "endpoint_metrics", True),
+        ("--embeddings", "embedding", True),
+        ("--pooling mean", "pooling_type", POOLINGS.LLAMA_POOLING_TYPE_MEAN),
         ("--reasoning-format none", "reasoning_format", FORMATS.COMMON_REASONING_FORMAT_NONE),
         ("--reasoning-format auto", "reasoning_format", FORMATS.COMMON_REASONING_FORMAT_AUTO),
         (
@@ -280,6 +285,8 @@ def test_an_option_reaches_the_server(line: str, name: str, wanted: Value, model
         ("swa_full", False),
         ("api_keys", []),
         ("endpoint_metrics", False),
+        ("embedding", False),
+        ("pooling_type", POOLINGS.LLAMA_POOLING_TYPE_UNSPECIFIED),
         ("reasoning_format", FORMATS.COMMON_REASONING_FORMAT_DEEPSEEK),
         ("ui", False),
         ("cors_origins", "localhost"),

@@ -28,6 +28,15 @@ def said(shape: Shape, room: int, many: int = 20) -> list[str]:
     return [Speaker(written, Random(n), TALKATIVE[n % 3]).say() for n in range(many)]
 
 
+@pytest.mark.parametrize("talkative", [0, 0.2, 0.4])
+def test_any_object_is_let_through(talkative: float) -> None:
+    """An object that may have any members has them, of every type, in JSON that fits."""
+    form = read({"type": "object", "additionalProperties": True})
+    written = grammar.write(form.shape, 10)
+    for number in range(200):
+        assert form.fits(Speaker(written, Random(number), talkative).say())
+
+
 def characters(text: str) -> int:
     """The length of JSON text, where an escape counts as the character that it stands for."""
     return len(re.sub(r"\\(u....|.)", "x", text))

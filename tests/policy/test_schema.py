@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from gateway.policy.schema import read
-from gateway.policy.shapes import Either, List, Member, Number, Object, Text, Values
+from gateway.policy.shapes import AnyObject, Either, List, Member, Number, Object, Text, Values
 from gateway.wire.errors import ApiError
 
 TITLE = {
@@ -201,3 +201,14 @@ def test_a_pattern_is_never_looked_for() -> None:
     assert form.fits('"' + "a" * 200 + '!"')
     assert not form.is_exact
     assert read(TITLE).is_exact
+
+
+def test_an_object_of_any_members() -> None:
+    """It is taken as the whole answer alone, and only where nothing closes it."""
+    anything = {"type": "object", "additionalProperties": True}
+    closed = {"type": "object", "additionalProperties": False}
+    assert isinstance(read(anything).shape, AnyObject)
+    assert read({"allOf": [anything, closed]}).shape == Object(())
+    for schema in ({"type": "object"}, {"type": "array", "items": anything}):
+        with pytest.raises(ApiError, match="an object needs properties"):
+            read(schema)

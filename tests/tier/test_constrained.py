@@ -10,7 +10,7 @@ from twisted.internet.defer import Deferred
 
 from gateway.llama.client import Completion
 from gateway.policy import grammar
-from gateway.policy.schema import read
+from gateway.policy.schema import Form, read
 from gateway.tier.constrained import complete
 from gateway.wire.errors import ApiError
 
@@ -36,9 +36,9 @@ class Answering:
         return Completion(text, stopped, evaluated=evaluated, cached=cached, generated=5)
 
 
-def completed(server: Answering, tokens: int = 100) -> Any:
+def completed(server: Answering, tokens: int = 100, form: Form = FORM) -> Any:
     found: list[Any] = []
-    asking = Deferred.fromCoroutine(complete(server, BODY, FORM, tokens))  # type: ignore[arg-type]
+    asking = Deferred.fromCoroutine(complete(server, BODY, form, tokens))  # type: ignore[arg-type]
     asking.addBoth(found.append)
     return found[0]
 
@@ -71,6 +71,13 @@ def test_an_answer_that_is_cut_twice_is_given_as_it_is() -> None:
     """Where not even the shortest one ends in time, its beginning says so."""
     found = completed(Answering([('{"ti', "limit"), ('{"ti', "limit")]), 2)
     assert (found.text, found.stopped) == ('{"ti', "limit")
+
+
+def test_any_object_that_is_cut_is_not_asked_for_again() -> None:
+    """Its grammar has no bounds, so it would only be cut once more."""
+    server = Answering([('{"a": "b', "limit")])
+    found = completed(server, form=read({"type": "object", "additionalProperties": True}))
+    assert (found.text, found.stopped) == ('{"a": "b', "limit")
 
 
 def test_an_answer_that_ends_with_its_limit_is_whole() -> None:
