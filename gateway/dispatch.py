@@ -20,7 +20,6 @@ from twisted.logger import Logger
 
 from gateway.config import RouteRule
 from gateway.ledger import Ledger, Record
-from gateway.llama.client import Lost
 from gateway.policy import calls, order, patience, prefix, routes, schema, tools
 from gateway.policy.calls import Call
 from gateway.policy.routes import Route
@@ -29,6 +28,7 @@ from gateway.tier import answer
 from gateway.tier.answer import Client, Teller
 from gateway.tier.line import Ticket
 from gateway.tier.tier import Tier
+from gateway.upstream import Lost
 from gateway.wire import request as wire
 from gateway.wire.errors import Unavailable, down, prompt_too_long
 from gateway.wire.events import Repair, Truncated

@@ -15,12 +15,13 @@ from twisted.internet.task import deferLater
 from twisted.logger import LogEvent, LogLevel, formatEvent
 
 from gateway.config import load
-from gateway.llama.child import Health, State
-from gateway.llama.client import LlamaClient, Props
+from gateway.llama.child import State
+from gateway.llama.client import LlamaClient
 from gateway.policy.calls import KINDS
 from gateway.policy.template import Template
 from gateway.service import House
 from gateway.tier.line import Permit, Ticket
+from gateway.upstream import Health, Props
 from gateway.wire.errors import ApiError
 from tests.llama.test_child import FakeProcess, ProcessReactor
 

@@ -24,11 +24,11 @@ from twisted.internet.defer import TimeoutError as TimedOut
 from twisted.internet.interfaces import IDelayedCall, IPushProducer, IReactorTime
 from twisted.python.failure import Failure
 
-from gateway.llama.client import Lost
 from gateway.policy.schema import Form
 from gateway.tier import constrained
 from gateway.tier.line import Permit, Ticket
 from gateway.tier.tier import Tier
+from gateway.upstream import Lost
 from gateway.wire import pulse
 from gateway.wire.errors import ApiError, unavailable
 from gateway.wire.events import (

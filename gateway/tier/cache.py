@@ -33,7 +33,7 @@ from twisted.logger import Logger
 
 from gateway.config import Tier as Wanted
 from gateway.llama import gguf
-from gateway.llama.client import SLOT_PATIENCE, LlamaClient, Lost, Props
+from gateway.llama.client import SLOT_PATIENCE, LlamaClient
 from gateway.llama.identity import Kept, server_of
 from gateway.llama.snapshots import (
     Refused,
@@ -46,6 +46,7 @@ from gateway.policy import warm
 from gateway.policy.divergence import Cold, Memory, Prompt, shared, whole
 from gateway.policy.order import Rank
 from gateway.tier.line import Line, Permit, Ticket
+from gateway.upstream import Lost, Props
 from gateway.wire import chat
 from gateway.wire.errors import ApiError, Unavailable
 from gateway.wire.events import Usage

@@ -16,8 +16,8 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from gateway.config import Tier as Wanted
-from gateway.llama.child import Child, Health, State
-from gateway.llama.client import LlamaClient, Props
+from gateway.llama.child import Child, State
+from gateway.llama.client import LlamaClient
 from gateway.llama.snapshots import Store
 from gateway.policy import template as templates
 from gateway.policy.order import Rank
@@ -29,6 +29,7 @@ from gateway.tier.line import Line, Permit, Ticket
 from gateway.tier.pace import Pace
 from gateway.tier.progress import Progress
 from gateway.tier.vitals import Vitals
+from gateway.upstream import Health, Props
 from gateway.wire.errors import ApiError, Unavailable, down, overloaded, stopping, unavailable
 
 Json = Any

@@ -1,0 +1,1 @@
+"""Servers whose prompts, slots and caches are their own business."""
