@@ -278,7 +278,8 @@ class Answer:
 
     def header(self, name: str) -> str:
         """The first of its headers of this name; "" where there is none."""
-        return (self.response.headers.getRawHeaders(name) or [""])[0]
+        values: list[str] = self.response.headers.getRawHeaders(name) or [""]
+        return values[0]
 
     @property
     def status(self) -> int:

@@ -19,6 +19,7 @@ from gateway.config import (
 
 KINDS = ("turn", "title")
 MAIN = '[tier.main]\nurl = "http://127.0.0.1:8080"\n'
+KINDS_OF_TIERS = '"llama-server", "anthropic", "openai"'
 AN_URL = 'expected "http://host:port" or "unix:/path/to.sock"'
 SECRET = "a secret that nobody may see"
 
@@ -128,7 +129,7 @@ def test_every_mistake_is_said_at_once_with_its_key() -> None:
         [tier.main.server]
         command = []
         [tier.small]
-        url = "https://example.org"
+        url = "ftp://example.org"
         max_waiting = "many"
         [[route]]
         model = 5
@@ -143,10 +144,10 @@ def test_every_mistake_is_said_at_once_with_its_key() -> None:
             "gateway.grace: expected a number, got true or false",
             "gateway: unknown key: colour",
             "tier.main.url: required",
-            "tier.main.kind: expected \"llama-server\", got 'vllm'",
+            f"tier.main.kind: expected one of {KINDS_OF_TIERS}, got 'vllm'",
             "tier.main.slots: expected between 1 and 256, got 0",
             "tier.main.server.command: expected a program and its arguments, got ()",
-            f"tier.small.url: {AN_URL}, got 'https://example.org'",
+            f"tier.small.url: {AN_URL}, got 'ftp://example.org'",
             "tier.small.max_waiting: expected an integer, got a string",
             "route[0].tier: required",
             "route[0].model: expected a string, got an integer",

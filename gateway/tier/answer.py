@@ -43,7 +43,7 @@ from gateway.wire.events import (
     message_events,
 )
 from gateway.wire.pulse import Rung, Times, Told
-from gateway.wire.sse import EventTooLong, SSEParser
+from gateway.wire.sse import EventTooLong
 
 Json = Any
 
@@ -109,6 +109,8 @@ class _UnderWay:
     permit: Permit
 
     async def begin(self, body: Mapping[str, Json]) -> None:
+        if self.tier.remote is not None:
+            self.permit.idle()  # whoever is hung up on there is gone; no slot can be asked
         await self.tier.cache.before(body)
         name, tokens = self.ticket.name, self.ticket.tokens
         self.tier.progress.begin(name, tokens, idle=self.permit.idle)
@@ -134,6 +136,7 @@ async def from_model(
     *,
     ticket: Ticket,
     started: Callable[[], None],
+    headers: Mapping[str, str] | None = None,
 ) -> None:
     """
     Ask `tier` for a free answer and tell it as it comes.
@@ -145,6 +148,7 @@ async def from_model(
         teller: tells it.
         ticket: what the line is told of it.
         started: called when the call's turn has come; may raise ApiError.
+        headers: the client's own, names in lower case.
 
     Raises:
         ApiError: refused, or failed on the way.
@@ -158,19 +162,18 @@ async def from_model(
         try:
             started()
             await under_way.begin(body)
-            answer = await tier.client.messages(body)
+            answer = await tier.client.messages(body, headers)
         except ApiError:
             under_way.finished()
             raise
         teller.commit()
         watch = tier.pace.watch(body)
         tier.progress.expect(ticket.name, ticket.seen())
-        parser = SSEParser()
 
         def receive(chunk: bytes) -> None:
             told: list[Event] = []
             try:
-                for event in parser.feed(chunk):
+                for event in answer.parser.feed(chunk):
                     watch.token()
                     tier.token()
                     tier.progress.token(ticket.name)
@@ -217,7 +220,8 @@ async def under_schema(
         try:
             started()
             await under_way.begin(body)
-            completion = await constrained.complete(tier.client, body, form, tokens)
+            assert tier.llama is not None
+            completion = await constrained.complete(tier.llama, body, form, tokens)
         except ApiError:
             under_way.finished()
             raise

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from jsonschema import Draft202012Validator
 
 from gateway.policy.schema import read
-from tests.e2e.stack import Running
+from tests.e2e.stack import TIER_KINDS, Running
 from tests.schemas import answers
 
 #: Random schemas that each tier is asked to answer under; `bench.schemas` asks for more.
@@ -58,6 +58,7 @@ def told(gateway: Running, tier: str, schema: Any, max_tokens: int) -> str:
 
 
 @pytest.mark.server
+@pytest.mark.parametrize("kind", TIER_KINDS, scope="module")
 @pytest.mark.parametrize("tier", ["small", "main"])
 def test_the_answer_fits(gateway: Running, tier: str) -> None:
     """Whatever a tiny model would rather say, the answer is JSON of the wanted shape."""
