@@ -367,15 +367,21 @@ class Upstream:
 
     # --- how it is asked --------------------------------------------------------------------------
 
-    async def ask(
+    async def fetch(
         self, method: str, path: str, body: Json = None, patience: float = PATIENCE
-    ) -> Json:
-        """The JSON answer to a question, within so many seconds."""
+    ) -> tuple[Answer, bytes]:
+        """
+        The answer to a question and its body, within so many seconds.
 
-        async def ask() -> Json:
-            return await self.json(await self.request(method, path, body))
+        Raises:
+            ApiError: the server cannot be reached, or went away.
+        """
 
-        asked = Deferred.fromCoroutine(ask())
+        async def asking() -> tuple[Answer, bytes]:
+            answer = await self.request(method, path, body)
+            return answer, await answer.read()
+
+        asked = Deferred.fromCoroutine(asking())
         asked.addTimeout(patience, self._reactor)
         try:
             return await asked
@@ -387,9 +393,18 @@ class Upstream:
         except Lost:
             raise self.gone() from None
 
+    async def ask(
+        self, method: str, path: str, body: Json = None, patience: float = PATIENCE
+    ) -> Json:
+        """As `fetch`, the JSON; raises ApiError also where it is a refusal, or no JSON."""
+        return self.parsed(*await self.fetch(method, path, body, patience))
+
     async def json(self, answer: Answer) -> Json:
         """The JSON that an answer holds; raises ApiError where it is a refusal, or no JSON."""
-        body = await answer.read()
+        return self.parsed(answer, await answer.read())
+
+    def parsed(self, answer: Answer, body: bytes) -> Json:
+        """As `json`, of a body that is there."""
         if answer.status != 200:
             raise self.refusal(answer, body)
         try:
@@ -453,6 +468,8 @@ class Upstream:
         ) as error:
             if any(reason.check(CancelledError) for reason in error.reasons):
                 raise self._cancelled(awaited) from None
+            if any(_is_about_trust(reason.value) for reason in error.reasons):
+                raise self._untrusted() from None
             raise Lost(_in_words(error)) from None
         except ConnectionClosed as error:
             raise Lost(_in_words(error)) from None
@@ -475,9 +492,23 @@ class Upstream:
                 sent.addRawHeader(name, value)
         return sent
 
+    def _untrusted(self) -> ApiError:
+        return ApiError(
+            "api_error",
+            f"There is no safe connection to {self.url}: nobody vouches for its certificate; set"
+            f" ca_file in [tier.{self.tier}], or another name in its url.",
+            status=502,
+            should_retry=False,
+        )
+
     def gone(self) -> ApiError:
         """Nobody answers."""
         return unavailable(f"No model server answers at {self.url} (tier {self.tier!r}).")
+
+
+def _is_about_trust(error: BaseException) -> bool:
+    """Whether this is OpenSSL's, which is not loaded where no tier needs it."""
+    return type(error).__module__.startswith(("OpenSSL", "service_identity"))
 
 
 def _in_words(error: object) -> str:

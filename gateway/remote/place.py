@@ -90,10 +90,10 @@ class Place:
         return Props(window, self.config.slots, name, self.config.kind, Template(vision=True))
 
     async def _models(self) -> Json:
-        answer = await self.upstream.request("GET", "/v1/models")
+        answer, body = await self.upstream.fetch("GET", "/v1/models")
         if answer.status == 200:
-            return await self.upstream.json(answer)
-        refusal = self.upstream.refusal(answer, await answer.read())
+            return self.upstream.parsed(answer, body)
+        refusal = self.upstream.refusal(answer, body)
         if isinstance(refusal, Unavailable) or answer.status in (401, 403):
             raise refusal
         return {}  # it has no such list, or none for us now
@@ -133,11 +133,10 @@ class Place:
 
     async def count(self, path: str, body: Mapping[str, Json], key: str) -> int | None:
         """The number that `key` has in an answer; None where there is no such endpoint."""
-        answer = await self.upstream.request("POST", path, body)
+        answer, raw = await self.upstream.fetch("POST", path, body)
         if answer.status in (404, 405, 501):
-            await answer.read()
             return None
-        said = await self.upstream.json(answer)
+        said = self.upstream.parsed(answer, raw)
         found = said.get(key) if isinstance(said, dict) else None
         return found if isinstance(found, int) else None
 
