@@ -13,7 +13,6 @@ import trustme
 from twisted.internet import reactor as real_reactor
 from twisted.internet import ssl
 from twisted.internet.defer import maybeDeferred
-from twisted.internet.interfaces import IListeningPort
 from twisted.web.server import Site
 
 from gateway.config import Tier as TierConfig
@@ -33,7 +32,7 @@ class Secure:
     """An https server of the Messages API on this machine."""
 
     there: Elsewhere
-    port: IListeningPort
+    port: Any
     ca: trustme.CA
     folder: Path
 

@@ -36,13 +36,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A module that names ``GATEWAYS`` has its tests run on a gateway of each."""
     kinds = getattr(metafunc.module, "GATEWAYS", None)
     if kinds is not None and "kind" in metafunc.fixturenames:
-        metafunc.parametrize("kind", kinds, scope="module")
+        metafunc.parametrize("kind", kinds, indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module")
-def kind() -> str:
-    """What the tiers of the gateway are."""
-    return "llama-server"
+def kind(request: pytest.FixtureRequest) -> str:
+    """What the tiers of the gateway are; a parameter of its own makes it another kind."""
+    return str(getattr(request, "param", "llama-server"))
 
 
 @pytest.fixture(scope="module")

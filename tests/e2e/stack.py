@@ -151,8 +151,10 @@ def gateway_of_kind(
     try:
         kinds = {name: {"kind": kind, **keys} for name, keys in tiers.items()}
         gateway = start_gateway(folder, kinds, more)
-        yield gateway
-        gateway.stop()
+        try:
+            yield gateway
+        finally:
+            gateway.stop()
     finally:
         if behind is not None:
             behind.stop()

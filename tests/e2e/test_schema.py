@@ -58,7 +58,7 @@ def told(gateway: Running, tier: str, schema: Any, max_tokens: int) -> str:
 
 
 @pytest.mark.server
-@pytest.mark.parametrize("kind", TIER_KINDS, scope="module")
+@pytest.mark.parametrize("kind", TIER_KINDS, indirect=True, scope="module")
 @pytest.mark.parametrize("tier", ["small", "main"])
 def test_the_answer_fits(gateway: Running, tier: str, kind: str) -> None:
     """Whatever a tiny model would rather say, the answer is JSON of the wanted shape."""

@@ -62,7 +62,7 @@ def test_housekeeping_is_not_bounded() -> None:
 def test_a_hook_keeps_its_tools() -> None:
     """A server that has them in its cache would have to read all else anew."""
     scene = Scene.of("anthropic")
-    schema = {"output_config": {"format": {"type": "json_schema", "schema": VERDICT}}}
+    schema: Json = {"output_config": {"format": {"type": "json_schema", "schema": VERDICT}}}
     system = "You are evaluating a hook in Claude Code."
     hook = turn(system=system, tools=RICH["tools"], **schema)
     browser = scene.house.ask(hook, **CLAUDE_CODE)
