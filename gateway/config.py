@@ -439,10 +439,17 @@ def _of_kind(where: str, tier: Tier) -> Iterator[str]:
     for key, kinds in _KIND_KEYS.items():
         if getattr(tier, key) not in (None, False) and tier.kind not in kinds:
             yield f"{where}.{key}: expected only where kind is {' or '.join(kinds)}"
-    if tier.ca_file is not None and not tier.ca_file.expanduser().is_file():
+    if tier.ca_file is not None and not _holds_certificates(tier.ca_file.expanduser()):
         yield f"{where}.ca_file: expected a file with certificates, got {str(tier.ca_file)!r}"
     if tier.api_key is not None and tier.api_key_env is not None:
         yield f"{where}.api_key_env: expected api_key or api_key_env, not both"
+
+
+def _holds_certificates(path: Path) -> bool:
+    try:
+        return b"-----BEGIN CERTIFICATE-----" in path.read_bytes()
+    except OSError:
+        return False
 
 
 def missing_keys(config: Config) -> list[str]:

@@ -16,7 +16,7 @@ from gateway.config import base_of
 from gateway.policy.template import Template
 from gateway.remote import refusals
 from gateway.upstream import Answer, Health, Props, Upstream
-from gateway.wire.errors import ApiError, Unavailable
+from gateway.wire.errors import ApiError, Unavailable, down
 
 Json = Any
 
@@ -117,7 +117,9 @@ class Place:
         """
         answer = await self.upstream.request("POST", path, body, headers)
         if answer.status != 200:
-            raise self.upstream.refusal(answer, await answer.read())
+            refusal = self.upstream.refusal(answer, await answer.read())
+            # It is there, as its list of models shows: whoever asks again at once asks in vain.
+            raise down(refusal.message) if isinstance(refusal, Unavailable) else refusal
         if not answer.header("content-type").startswith("text/event-stream"):
             await answer.read()
             raise ApiError(

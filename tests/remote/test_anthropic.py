@@ -252,6 +252,16 @@ def test_a_server_that_is_gone_is_waited_for() -> None:
     assert browser.status == 200
 
 
+def test_a_server_that_is_there_and_has_no_time_is_not_asked_again_at_once() -> None:
+    """The client hears when to come again."""
+    scene = Scene.of("anthropic")
+    browser = scene.house.ask(turn())
+    scene.there.held[0].refuse(503, {"error": {"message": "Busy."}})
+    scene.house.settle()
+    assert (browser.status, browser.headers["retry-after"]) == (503, "5")
+    assert len(scene.there.held) == 1
+
+
 def test_a_server_that_goes_away_again_and_again_makes_no_call_poison() -> None:
     """Between here and there is a network."""
     scene = Scene.of("anthropic", resends=3)
