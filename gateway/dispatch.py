@@ -278,19 +278,22 @@ class Dispatch:
         """
         The longest answer that fits the window, and the prompt, in tokens.
 
-        The prompt is counted only where the size of the body does not rule an overflow out; a
-        server that is no llama-server is left to refuse it itself.
+        The prompt is counted only where the size of the body does not rule an overflow out.  Other
+        servers than a llama-server refuse an answer that would not fit as well, so there both
+        count; one that gets what the client sent is left to refuse it itself.
 
         Raises:
             ApiError: 400, the prompt itself does not fit.
         """
         wanted = int(body["max_tokens"])
-        if tier.remote is not None:
+        if tier.remote is not None and tier.remote.is_verbatim:
             return wanted, None
         window = (await tier.props()).n_ctx
-        if _at_most(body) < window:
+        if _at_most(body) + (wanted if tier.remote is not None else 0) < window:
             return min(wanted, window), None
-        tokens = await tier.counter.count(body)
+        tokens = await tier.count(body)
+        if tokens is None:
+            return min(wanted, window), None
         if tokens >= window:
             raise prompt_too_long(tokens, window)
         return min(wanted, window - tokens), tokens

@@ -252,3 +252,36 @@ def test_housekeeping_is_bounded() -> None:
     scene.house.ask(turn("Web page content:\n---\n", max_tokens=5000), **CLAUDE_CODE)
     ((body, _),) = scene.there.sent(CHAT)
     assert body["max_tokens"] == 16
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted", "counts", "bound"),
+    [
+        (10, 100, None, 100),
+        (10, 4990, 40, 4960),
+        (10, 9000, None, 5000),
+        (4000, 100, 4950, 50),
+        (9000, 100, None, 100),
+    ],
+)
+def test_an_answer_has_the_room_that_the_prompt_leaves(
+    words: int, wanted: int, counts: int | None, bound: int
+) -> None:
+    """Counted where the size does not tell, and where that can be had."""
+    scene = Scene.of("openai", URL)
+    if counts is not None:
+        scene.there.counts["/tokenize"] = {"count": counts}
+    scene.house.ask(turn("x" * words, max_tokens=wanted))
+    ((body, _),) = scene.there.sent(CHAT)
+    assert body["max_tokens"] == bound
+    assert bool(scene.there.sent("/tokenize")) == (words + wanted > 4000)
+
+
+def test_a_prompt_that_does_not_fit_is_refused_before_it_is_sent() -> None:
+    """With the numbers on which the client compacts."""
+    scene = Scene.of("openai", URL)
+    scene.there.counts["/tokenize"] = {"count": 5000}
+    browser = scene.house.ask(turn("x" * 9000))
+    assert browser.status == 400
+    assert browser.json["error"]["message"] == "prompt is too long: 5000 tokens > 4999 maximum"
+    assert scene.there.held == []
