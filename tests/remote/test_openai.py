@@ -131,6 +131,8 @@ def test_pictures() -> None:
                 {"role": "user", "content": [{"type": "text", "text": "Look."}, picture]},
                 {"role": "assistant", "content": calls},
                 {"role": "user", "content": results},
+                {"role": "assistant", "content": "Cats."},
+                {"role": "user", "content": "And?"},
             ]
         )
     )
@@ -140,7 +142,28 @@ def test_pictures() -> None:
         {"role": "tool", "tool_call_id": "a", "content": "What it shows follows."},
         {"role": "tool", "tool_call_id": "b", "content": "This:"},
         {"role": "user", "content": [shown, shown]},
+        {"role": "assistant", "content": "Cats."},
+        {"role": "user", "content": "And?"},
     ]
+
+
+def test_a_picture_that_was_just_shown_is_the_last_that_is_said() -> None:
+    """Where the results end the conversation."""
+    source = {"type": "url", "url": "https://example.org/a.png"}
+    shown = [{"type": "image", "source": source}]
+    call = {"type": "tool_use", "id": "toolu_a", "name": "look", "input": {}}
+    result = {"type": "tool_result", "tool_use_id": "toolu_a", "content": shown}
+    asked = sent(
+        turn(
+            messages=[
+                *turn()["messages"],
+                {"role": "assistant", "content": [call]},
+                {"role": "user", "content": [result]},
+            ]
+        )
+    )
+    url = {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}
+    assert asked["messages"][-1] == {"role": "user", "content": [url]}
 
 
 def test_thinking_of_earlier_turns_goes_back() -> None:
