@@ -439,7 +439,7 @@ class Upstream:
             method: of HTTP.
             path: after the base.
             body: what is sent as JSON; None for nothing.
-            headers: what is sent beside the headers of each request, which go before these.
+            headers: what is sent beside the headers of each request.
 
         Raises:
             ApiError: the server cannot be reached.
@@ -488,8 +488,7 @@ class Upstream:
             return self._headers
         sent = self._headers.copy()
         for name, value in headers.items():
-            if not sent.hasHeader(name):
-                sent.addRawHeader(name, value)
+            sent.addRawHeader(name, value)
         return sent
 
     def _untrusted(self) -> ApiError:
