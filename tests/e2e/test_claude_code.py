@@ -117,7 +117,6 @@ def test_escape_stops_the_model(
 
 
 @pytest.mark.server
-@pytest.mark.parametrize("kind", TIER_KINDS, indirect=True, scope="module")
 @both_versions
 def test_a_prompt_is_answered(version: str, gateway: Running, tmp_path: Path) -> None:
     """``claude -p`` with all that it sends by itself is a turn that main answers."""
@@ -133,6 +132,23 @@ def test_a_prompt_is_answered(version: str, gateway: Running, tmp_path: Path) ->
     assert turns
     assert {(turn["tier"], turn["outcome"]) for turn in turns} == {("main", "answered")}
     assert is_at_rest(gateway)
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("kind", TIER_KINDS, indirect=True, scope="module")
+def test_each_kind_of_tier_answers(kind: str, gateway: Running, tmp_path: Path) -> None:
+    """``claude -p`` gets its answer, and a true count of what it cost, whatever stands behind."""
+    log = Log.of(gateway)
+    client = Client.of("newest", gateway, tmp_path, ONE_SENTENCE)
+    said = client.say("hello", "--system-prompt", "Be brief.", "--tools", "", seconds=PREFILL)
+    figures.info("%s: %.1f s, it said %r", kind, said.seconds, said.answer)
+    log.show()
+    assert said.status == 0, said
+    assert said.answer.strip()
+    (answered,) = log.ended("turn")
+    assert (answered["tier"], answered["outcome"]) == ("main", "answered")
+    assert answered["input"] + answered["cached"] > 0
+    assert answered["output"] > 0
 
 
 # --- on a scripted model --------------------------------------------------------------------------
