@@ -30,8 +30,10 @@ ABOUT: Final = {
     "ledger": "what it cost",
     "llama": "one llama-server",
     "policy": "decisions: values in, values out",
+    "remote": "servers of other kinds",
     "service": "start, reload, drain, stop",
     "tier": "line, cache, answer",
+    "upstream": "a model's server, asked",
     "web": "who may come in; HTTP",
     "wire": "the Messages API as values",
 }

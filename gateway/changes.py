@@ -16,7 +16,10 @@ import attrs
 from gateway.config import Config, Tier
 
 _FIXED_GATEWAY: Final = ("listen", "state_dir", "token")
-_FIXED_TIER: Final = ("url", "kind", "slots", "api_key")
+_FIXED_TIER: Final = (
+    *("url", "kind", "slots", "api_key"),
+    *("api_key_env", "auth", "ca_file", "model", "window", "strict"),
+)
 
 
 @attrs.frozen

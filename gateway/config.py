@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ipaddress
 import math
+import os
 import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
@@ -104,11 +105,48 @@ def upstream_endpoint(url: str) -> str:
     return f"tcp:host={_quoted(parts.hostname)}:port={parts.port or 80}:timeout=5"
 
 
+def is_remote(url: str) -> bool:
+    """Whether `base_of` takes this."""
+    try:
+        base_of(url)
+    except ValueError:
+        return False
+    return True
+
+
+def base_of(url: str) -> str:
+    """
+    What stands before ``/v1/...`` in the URLs of a server at `url`.
+
+    Raises:
+        ValueError: it is neither ``http(s)://host[:port][/path]`` nor ``unix:/path``.
+    """
+    if is_upstream(url):
+        return "http://localhost" if url.startswith("unix:") else url.rstrip("/")
+    parts = urlsplit(url)
+    wrong = not parts.hostname or "@" in parts.netloc or parts.query or parts.fragment
+    if parts.scheme not in ("http", "https") or wrong or parts.port == 0:
+        raise ValueError(url)
+    return url.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
 def _quoted(text: str) -> str:
     return text.replace("\\", "\\\\").replace(":", "\\:").replace("=", "\\=")
 
 
 # --- what a value must be -----------------------------------------------------------------------
+
+LLAMA_SERVER: Final = "llama-server"
+_KINDS: Final = (LLAMA_SERVER, "anthropic", "openai")
+
+#: Keys of a tier that only some kinds have.
+_KIND_KEYS: Final[Mapping[str, tuple[str, ...]]] = {
+    "ca_file": ("anthropic", "openai"),
+    "model": ("anthropic", "openai"),
+    "window": ("anthropic", "openai"),
+    "auth": ("anthropic",),
+    "strict": ("openai",),
+}
 
 #: Where a field's metadata keeps the check of its value.
 _CHECK: Final = "gateway.config.check"
@@ -221,10 +259,18 @@ class Tier:
     One model that calls are sent to.
 
     Attributes:
-        url: where its server listens: ``http://host:port`` or ``unix:/path``.
-        kind: what speaks there.
+        url: where its server listens: ``http://host:port`` or ``unix:/path``; of other kinds than
+            a llama-server also ``https``, and with a path.
+        kind: what speaks there: a llama-server, or any server of the Messages API (``anthropic``)
+            or of the chat-completions API (``openai``).
         slots: how many calls it gets at once.
         api_key: what the server wants to see, if anything.
+        api_key_env: the environment variable that holds it instead.
+        auth: how it is shown where the kind is ``anthropic``: ``x-api-key`` or ``bearer``.
+        ca_file: certificates, in PEM, that vouch for an ``https`` server; None: the system's.
+        model: the server's name for its model; None: the client's own goes there.
+        window: tokens that its context has; None: as ``/v1/models`` says, else 200 000.
+        strict: whether an ``openai`` server refuses what OpenAI's own does not know.
         max_waiting: calls that may wait in its line.
         ageing: seconds after which a waiting call goes before all others.
         startup_patience: seconds for which calls wait for a server that loads or comes back.
@@ -238,14 +284,22 @@ class Tier:
         server: how to start it; None if somebody else does.
     """
 
-    url: str = attrs.field(
-        metadata=_must('"http://host:port" or "unix:/path/to.sock"', is_upstream)
-    )
+    url: str = attrs.field(metadata=_must('"http://host:port" or "unix:/path/to.sock"', is_remote))
     kind: str = attrs.field(
-        default="llama-server", metadata=_must('"llama-server"', {"llama-server"}.__contains__)
+        default=LLAMA_SERVER,
+        metadata=_must("one of " + ", ".join(f'"{kind}"' for kind in _KINDS), _KINDS.__contains__),
     )
     slots: int = attrs.field(default=1, metadata=_between(1, 256))
     api_key: str | None = attrs.field(default=None, metadata=_filled, repr=False)
+    api_key_env: str | None = attrs.field(default=None, metadata=_filled)
+    auth: str | None = attrs.field(
+        default=None,
+        metadata=_must('"x-api-key" or "bearer"', {None, "x-api-key", "bearer"}.__contains__),
+    )
+    ca_file: Path | None = None
+    model: str | None = attrs.field(default=None, metadata=_filled)
+    window: int | None = attrs.field(default=None, metadata=_between_if_any(256))
+    strict: bool = False
     max_waiting: int = attrs.field(default=64, metadata=_between(1, 100_000))
     ageing: float = attrs.field(default=120.0, metadata=_between(0))
     startup_patience: float = attrs.field(default=900.0, metadata=_between(0))
@@ -257,6 +311,18 @@ class Tier:
     answer_tokens: int = attrs.field(default=1024, metadata=_between(16))
     schema_tokens: int = attrs.field(default=512, metadata=_between(64))
     server: Server | None = None
+
+    @property
+    def key(self) -> str | None:
+        """What the server wants to see, wherever that is kept."""
+        if self.api_key_env is None:
+            return self.api_key
+        return os.environ.get(self.api_key_env, "").strip() or None
+
+    @property
+    def shows_bearer(self) -> bool:
+        """Whether the key goes as ``Authorization: Bearer``, and not as ``x-api-key``."""
+        return self.kind != "anthropic" or self.auth == "bearer"
 
 
 @attrs.frozen
@@ -358,12 +424,62 @@ def _contradictions(config: Config, kinds: tuple[str, ...]) -> Iterator[str]:
             yield f'route[{number}].kind: expected one of {", ".join(kinds)}, got "{rule.kind}"'
         if rule.model is None and rule.kind is None:
             yield f"route[{number}]: expected a model or a kind; without both it matches every call"
+    for name, tier in config.tier.items():
+        yield from _of_kind(f"tier.{name}", tier)
     listen = config.gateway.listen
     known = is_loopback(listen) or is_handed_over(listen)  # the latter: daemon/sockets.py looks
     if not known and config.gateway.token is None:
         yield (
             f'gateway.token: expected a token, since gateway.listen is not on loopback: "{listen}"'
         )
+
+
+def _of_kind(where: str, tier: Tier) -> Iterator[str]:
+    """What one tier's kind does not go with."""
+    if tier.kind == LLAMA_SERVER and not is_upstream(tier.url):
+        yield (
+            f'{where}.url: expected "http://host:port" or "unix:/path/to.sock"; https and a path'
+            ' are for the kinds "anthropic" and "openai"'
+        )
+    if tier.kind != LLAMA_SERVER and tier.server is not None:
+        yield (
+            f"{where}.server: expected no command; claudegw starts llama-servers only, so start"
+            f" this one yourself, or call it one where it is (a server of kind {LLAMA_SERVER!r})"
+        )
+    for key, kinds in _KIND_KEYS.items():
+        if getattr(tier, key) not in (None, False) and tier.kind not in kinds:
+            yield f"{where}.{key}: expected only where kind is {' or '.join(kinds)}"
+    if tier.ca_file is not None and not _holds_certificates(tier.ca_file.expanduser()):
+        yield f"{where}.ca_file: expected a file with certificates, got {str(tier.ca_file)!r}"
+    if tier.api_key is not None and tier.api_key_env is not None:
+        yield f"{where}.api_key_env: expected api_key or api_key_env, not both"
+
+
+def _holds_certificates(path: Path) -> bool:
+    try:
+        return b"-----BEGIN CERTIFICATE-----" in path.read_bytes()
+    except OSError:
+        return False
+
+
+def missing_keys(config: Config) -> list[str]:
+    """Mistakes in the environment: a key that a tier is to have is not there, or none can be."""
+    mistakes = []
+    for name, tier in config.tier.items():
+        if tier.api_key_env is None:
+            continue
+        where = f"tier.{name}.api_key_env"
+        if tier.key is None:
+            mistakes.append(
+                f"{where}: expected a key in the environment variable {tier.api_key_env}, which is"
+                " not set"
+            )
+        elif not (tier.key.isascii() and tier.key.isprintable()):
+            mistakes.append(
+                f"{where}: expected a key of one line of ASCII in the environment variable"
+                f" {tier.api_key_env}"
+            )
+    return mistakes
 
 
 # --- cattrs -----------------------------------------------------------------------------------

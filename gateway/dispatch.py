@@ -21,16 +21,15 @@ from twisted.logger import Logger
 
 from gateway.config import RouteRule
 from gateway.ledger import ENDED_BY_HAND, Ledger, Record
-from gateway.llama.client import Lost
 from gateway.policy import calls, order, patience, prefix, routes, schema, tools
 from gateway.policy.calls import Call
 from gateway.policy.routes import Route
-from gateway.policy.schema import Form
 from gateway.tier import answer, embeddings
 from gateway.tier.answer import Client, Teller
 from gateway.tier.ended import Ended
 from gateway.tier.line import Ticket
 from gateway.tier.tier import Tier
+from gateway.upstream import Lost
 from gateway.wire import openai
 from gateway.wire import request as wire
 from gateway.wire.dialect import MESSAGES, Dialect
@@ -134,7 +133,6 @@ class Dispatch:
         """
         with self.ledger.call(caller.request_id) as record:
             request, dialect = (wire.parse(raw), MESSAGES) if read is None else read(raw)
-            form = None if request.schema is None else schema.read(request.schema)
             one_call = tools.takes_one_call(request)
             repair = Repair(f"msg_{uuid4().hex}", request.model, one_call=one_call)
             record.usage = repair.usage
@@ -148,8 +146,10 @@ class Dispatch:
                 ticket = _ticket(ready, partial(self.ledger.content, record))
                 self._ended.check(ticket)
                 tickets[:] = [ticket]
-                asking = self._asking(ready, ticket, form, repair)
-                await ready.tier.deaths.during(ticket, partial(asking, teller))
+                asking = partial(self._asking(ready, ticket, headers, repair), teller)
+                if ready.tier.remote is not None:
+                    return await asking()
+                return await ready.tier.deaths.during(ticket, asking)
 
             async def ask_until(teller: Teller) -> None:
                 """As `ask_once`, anew where a server goes away before its answer is told."""
@@ -310,8 +310,6 @@ class Dispatch:
             call = Call("other", "no conversation")
         else:
             call = calls.understand(request, headers)
-        if call.kind == "hook":  # an older client sends its tools along, and wants a verdict
-            request = request.without_tools()
         return request, call, routes.choose(call, request.model, self.rules, self.tiers.keys())
 
     async def _prepare(
@@ -326,11 +324,11 @@ class Dispatch:
         self._note(record, request, call, route, caller)
         tier, body, route = await self._place(request, call, route)
         self._note(record, request, call, route, caller)
-        if _is_bounded(call, route):
+        if _is_bounded(call, route, tier):
             body["max_tokens"] = min(request.max_tokens, tier.config.answer_tokens)
         body["max_tokens"], tokens = await self._room(body, tier)
         ready = _Prepared(request, call, route, tier, body, tokens, record)
-        if call.kind == "classifier" and route.tier == routes.MAIN:
+        if call.kind == "classifier" and route.tier == routes.MAIN and tier.remote is None:
             return attrs.evolve(ready, check=await self._in_time(ready, headers))
         return ready
 
@@ -359,7 +357,8 @@ class Dispatch:
         window = (await tier.props()).n_ctx
         bound = tier.config.answer_tokens
         room = window - min(request.max_tokens or bound, bound)
-        if _at_most(body) < room or (tokens := await tier.counter.count(body)) < room:
+        tokens = None if _at_most(body) < room else await tier.count(body)
+        if tokens is None or tokens < room:
             return tier, body, route
         main = self.tiers[routes.MAIN]
         await main.ready()
@@ -381,6 +380,10 @@ class Dispatch:
         if isinstance(request, openai.Bare):
             _check_takes_bare(tier)
             return dict(request.prepared)
+        if tier.remote is not None:
+            as_sent = tier.remote.is_verbatim
+            return tier.remote.prepare(request if as_sent else _meant(request, call))
+        request = _meant(request, call)
         body = prefix.prepare(request, await tier.template())
         told = body.get("chat_template_kwargs")
         if told and call.is_in_conversation and not request.is_bound:
@@ -391,16 +394,23 @@ class Dispatch:
         """
         The longest answer that fits the window, and the prompt, in tokens.
 
-        The prompt is counted only where the size of the body does not rule an overflow out.
+        The prompt is counted only where the size of the body does not rule an overflow out.  Other
+        servers than a llama-server refuse an answer that would not fit as well, so there both
+        count; one that gets what the client sent is left to refuse it itself.  Where nobody can
+        count, a client that wants all there is room for gets half the window.
 
         Raises:
             ApiError: 400, the prompt itself does not fit.
         """
-        window = (await tier.props()).n_ctx
         wanted = int(body["max_tokens"])
-        if _at_most(body) < window:
+        if tier.remote is not None and tier.remote.is_verbatim and wanted < openai.AS_MANY_AS_FIT:
+            return wanted, None
+        window = (await tier.props()).n_ctx
+        if _at_most(body) + (wanted if tier.remote is not None else 0) < window:
             return min(wanted, window), None
-        tokens = await tier.counter.count(body)
+        tokens = await tier.count(body)
+        if tokens is None:
+            return min(wanted, window) if wanted < openai.AS_MANY_AS_FIT else window // 2, None
         if tokens >= window:
             raise prompt_too_long(tokens, window)
         return min(wanted, window - tokens), tokens
@@ -429,28 +439,44 @@ class Dispatch:
         return check
 
     def _asking(
-        self, ready: _Prepared, ticket: Ticket, form: Form | None, repair: Repair
+        self, ready: _Prepared, ticket: Ticket, headers: Mapping[str, str], repair: Repair
     ) -> answer.Ask:
-        """How the answer of `ready` is asked for, once somebody says how it is to be told."""
+        """
+        How the answer of `ready` is asked for, once somebody says how it is to be told.
+
+        Raises:
+            ApiError: 400, no answer can be held to its schema.
+        """
 
         def started() -> None:
             self.ledger.started(ready.record)
             ready.check()
 
         how: Any = {"ticket": ticket, "started": started}
-        if form is None:
+        wanted = ready.request.schema
+        if ready.tier.remote is not None:  # which is told of a schema itself
+            how["headers"] = headers
+            return partial(answer.from_model, ready.tier, ready.body, repair, **how)
+        if wanted is None:
             return partial(answer.from_model, ready.tier, ready.body, repair, **how)
         tokens = ready.body["max_tokens"]
-        if _is_bounded(ready.call, ready.route):
+        if _is_bounded(ready.call, ready.route, ready.tier):
             tokens = min(tokens, ready.tier.config.schema_tokens)
-        under = answer.under_schema if ready.request.is_bound else answer.words_under_schema
+        is_bound = _meant(ready.request, ready.call).is_bound
+        under = answer.under_schema if is_bound else answer.words_under_schema
+        form = schema.read(wanted)
         return partial(under, ready.tier, ready.body, form, repair, tokens=tokens, **how)
 
 
 def _check_takes_bare(tier: Tier) -> None:
     """Raise ApiError, 400, if only conversations can be sent to the server of `tier`."""
-    if tier.config.kind != "llama-server":
+    if tier.llama is None:
         raise invalid(f"The server of tier {tier.name!r} is no llama-server: it takes chats only.")
+
+
+def _meant(request: MessagesRequest, call: Call) -> MessagesRequest:
+    """What a call is about: an older client sends its tools to a hook that wants a verdict."""
+    return request.without_tools() if call.kind == "hook" else request
 
 
 def _at_most(body: Mapping[str, Json]) -> int:
@@ -481,7 +507,9 @@ def _ticket(ready: _Prepared, content: Callable[[], None]) -> Ticket:
     )
 
 
-def _is_bounded(call: Call, route: Route) -> bool:
+def _is_bounded(call: Call, route: Route, tier: Tier) -> bool:
     """Whether the answer is housekeeping, which a tiny model would never end by itself."""
+    if tier.remote is not None and tier.remote.is_verbatim:
+        return False
     is_aside = call.kind == "other" and call.from_claude_code
     return call.is_housekeeping or (is_aside and route.tier != routes.MAIN)

@@ -28,7 +28,7 @@ from twisted.python.failure import Failure
 
 from gateway.capture import Capture
 from gateway.changes import Changes, between
-from gateway.config import MIB, Config, ConfigError, Server, load
+from gateway.config import LLAMA_SERVER, MIB, Config, ConfigError, Server, load, missing_keys
 from gateway.config import Tier as Wanted
 from gateway.daemon.log import Logged, log_file
 from gateway.daemon.notify import READY, notify, reloading, stopping
@@ -43,6 +43,7 @@ from gateway.llama.command import command, option
 from gateway.llama.snapshots import Store
 from gateway.policy.calls import KINDS
 from gateway.policy.order import Rank
+from gateway.remote import remote
 from gateway.tier.tier import Tier
 from gateway.web.access import Access, QuietSite, site
 from gateway.web.api import Api
@@ -76,12 +77,21 @@ class Options(usage.Options):
         self.log_file = log_file(self.parent)
         try:
             self.path = Path(self["config"]).absolute()
-            self.loaded = load(self.path, KINDS)
+            self.loaded = _load(self.path)
             check_door(self.loaded.gateway)
             _make_state_dir(self.loaded.gateway.state_dir)
         except ConfigError as error:
             lines = "\n  ".join(error.mistakes)
             raise usage.UsageError(f"{self['config']} cannot be used:\n  {lines}") from None
+
+
+def _load(path: Path) -> Config:
+    """The configuration, with the keys that it takes from the environment; raises ConfigError."""
+    config = load(path, KINDS)
+    mistakes = missing_keys(config)
+    if mistakes:
+        raise ConfigError(mistakes)
+    return config
 
 
 def _make_state_dir(state_dir: Path) -> None:
@@ -220,7 +230,7 @@ class House(MultiService):
             return
         notify(reloading())
         try:
-            changes = between(self.config, load(self.path, KINDS))
+            changes = between(self.config, _load(self.path))
         except ConfigError as error:
             log.warn(
                 "{path} cannot be used, all stays as it was:\n  {mistakes}",
@@ -354,7 +364,9 @@ def _limits(wanted: Wanted, server: Server) -> Limits:
 def _tier(config: Config, name: str, reactor: Any, stores: _Stores) -> Tier:
     """The tier of that name, with its server if that is ours; both stand still."""
     wanted, state_dir = config.tier[name], config.gateway.state_dir
-    client = LlamaClient.at(reactor, name, wanted.url, wanted.api_key)
+    if wanted.kind != LLAMA_SERVER:
+        return Tier.of(name, wanted, remote(reactor, name, wanted), reactor)
+    client = LlamaClient.at(reactor, name, wanted.url, wanted.key)
     tier = Tier.of(name, wanted, client, reactor)
     if (server := wanted.server) is not None:
         tier.child = Child(

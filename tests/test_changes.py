@@ -65,6 +65,9 @@ def test_what_a_tier_takes_at_once(key: str, value: Any) -> None:
         ("url", "http://127.0.0.1:9999"),
         ("slots", 2),
         ("api_key", "another"),
+        ("api_key_env", "ANOTHER"),
+        ("model", "another"),
+        ("window", 4096),
         ("server", None),
     ],
 )

@@ -11,14 +11,17 @@ from gateway.config import (
     Config,
     ConfigError,
     RouteRule,
+    base_of,
     is_loopback,
     load,
+    missing_keys,
     parse,
     upstream_endpoint,
 )
 
 KINDS = ("turn", "title")
 MAIN = '[tier.main]\nurl = "http://127.0.0.1:8080"\n'
+KINDS_OF_TIERS = '"llama-server", "anthropic", "openai"'
 AN_URL = 'expected "http://host:port" or "unix:/path/to.sock"'
 SECRET = "a secret that nobody may see"
 
@@ -128,7 +131,7 @@ def test_every_mistake_is_said_at_once_with_its_key() -> None:
         [tier.main.server]
         command = []
         [tier.small]
-        url = "https://example.org"
+        url = "ftp://example.org"
         max_waiting = "many"
         [[route]]
         model = 5
@@ -143,10 +146,10 @@ def test_every_mistake_is_said_at_once_with_its_key() -> None:
             "gateway.grace: expected a number, got true or false",
             "gateway: unknown key: colour",
             "tier.main.url: required",
-            "tier.main.kind: expected \"llama-server\", got 'vllm'",
+            f"tier.main.kind: expected one of {KINDS_OF_TIERS}, got 'vllm'",
             "tier.main.slots: expected between 1 and 256, got 0",
             "tier.main.server.command: expected a program and its arguments, got ()",
-            f"tier.small.url: {AN_URL}, got 'https://example.org'",
+            f"tier.small.url: {AN_URL}, got 'ftp://example.org'",
             "tier.small.max_waiting: expected an integer, got a string",
             "route[0].tier: required",
             "route[0].model: expected a string, got an integer",
@@ -395,3 +398,87 @@ def test_a_file_is_loaded(tmp_path: Path) -> None:
     path = tmp_path / "gw.toml"
     path.write_text(MAIN)
     assert load(path, KINDS) == read(MAIN)
+
+
+# --- servers of other kinds -----------------------------------------------------------------------
+
+
+def of_kind(kind: str, more: str = "", url: str = "https://models.example/prefix") -> str:
+    return f'[tier.main]\nkind = "{kind}"\nurl = "{url}"\n{more}'
+
+
+@pytest.mark.parametrize("kind", ["anthropic", "openai"])
+@pytest.mark.parametrize(
+    ("url", "base"),
+    [
+        ("https://models.example", "https://models.example"),
+        ("https://models.example:8443/a/b/", "https://models.example:8443/a/b"),
+        ("http://[::1]:8000/v1", "http://[::1]:8000"),
+        ("http://127.0.0.1:8000/v1/", "http://127.0.0.1:8000"),
+        ("unix:/run/a.sock", "http://localhost"),
+    ],
+)
+def test_where_a_server_of_another_kind_may_be(kind: str, url: str, base: str) -> None:
+    """Anywhere; a path may stand before what the API has, and its ``/v1`` may be said or not."""
+    assert base_of(read(of_kind(kind, url=url)).tier["main"].url) == base
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (of_kind("llama-server"), 'tier.main.url: expected "http://host:port" or'),
+        (of_kind("openai", url="https://me:secret@models.example"), "tier.main.url: expected"),
+        (of_kind("openai", url="https://models.example/?a=b"), "tier.main.url: expected"),
+        (of_kind("openai", url="https://models.example:99999"), "tier.main.url: expected"),
+        (of_kind("openai", url="https:///a"), "tier.main.url: expected"),
+        (
+            of_kind("openai", '[tier.main.server]\ncommand = ["mlx_lm.server"]'),
+            "tier.main.server: expected no command",
+        ),
+        (of_kind("openai", 'auth = "bearer"'), "tier.main.auth: expected only where kind is anth"),
+        (of_kind("anthropic", "strict = true"), "tier.main.strict: expected only where kind is op"),
+        (of_kind("anthropic", 'auth = "basic"'), 'tier.main.auth: expected "x-api-key" or'),
+        (of_kind("anthropic", "window = 255"), "tier.main.window: expected at least 256"),
+        (of_kind("anthropic", 'model = ""'), "tier.main.model: expected something"),
+        (f'{MAIN}model = "a"', "tier.main.model: expected only where kind is anthropic or openai"),
+        (f"{MAIN}window = 4096", "tier.main.window: expected only where kind is anthropic or op"),
+        (of_kind("openai", 'ca_file = "/nowhere.pem"'), "tier.main.ca_file: expected a file with"),
+        (
+            of_kind("openai", 'api_key = "a"\napi_key_env = "B"'),
+            "tier.main.api_key_env: expected api_key or api_key_env, not both",
+        ),
+    ],
+)
+def test_what_a_kind_does_not_go_with(text: str, said: str) -> None:
+    """Each with its key; a secret in it is not repeated."""
+    (found,) = mistakes(text)
+    assert found.startswith(said)
+    assert "secret" not in found
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (None, "the environment variable THEIR_KEY, which is not set"),
+        (" ", "the environment variable THEIR_KEY, which is not set"),
+        ("sk-\n-abc", "a key of one line of ASCII in the environment variable THEIR_KEY"),
+        ("sk-é", "a key of one line of ASCII in the environment variable THEIR_KEY"),
+        ("sk-abc\n", None),
+    ],
+)
+def test_a_key_in_the_environment(
+    monkeypatch: pytest.MonkeyPatch, value: str | None, said: str | None
+) -> None:
+    """The gateway does not start without it; who only reads the configuration does."""
+    monkeypatch.delenv("THEIR_KEY", raising=False)
+    if value is not None:
+        monkeypatch.setenv("THEIR_KEY", value)
+    config = read(of_kind("anthropic", 'api_key_env = "THEIR_KEY"'))
+    found = missing_keys(config)
+    if said is None:
+        assert found == []
+        assert config.tier["main"].key == "sk-abc"
+        return
+    (mistake,) = found
+    assert mistake.startswith("tier.main.api_key_env: expected ")
+    assert mistake.endswith(said)

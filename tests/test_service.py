@@ -13,15 +13,18 @@ import pytest
 from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 from twisted.logger import LogEvent, LogLevel, formatEvent
+from twisted.python.usage import UsageError
 
 from gateway.config import load
 from gateway.history import FILE, last
-from gateway.llama.child import Health, State
-from gateway.llama.client import LlamaClient, Props
+from gateway.llama.child import State
+from gateway.llama.client import LlamaClient
 from gateway.policy.calls import KINDS
 from gateway.policy.template import Template
-from gateway.service import House
+from gateway.remote.openai import OpenAI
+from gateway.service import House, Options
 from gateway.tier.line import Permit, Ticket
+from gateway.upstream import Health, Props
 from gateway.wire.errors import ApiError
 from tests.llama.test_child import FakeProcess, ProcessReactor
 
@@ -501,3 +504,40 @@ def test_a_house_that_captures_says_so(estate: Estate) -> None:
     estate.reads(tier("main"))
     assert estate.house.api.capture is None
     assert estate.said.count("capture is on") == 2
+
+
+# --- servers of other kinds -----------------------------------------------------------------------
+
+ELSEWHERE = (
+    '[tier.far]\nurl = "http://models.example/v1"\nkind = "openai"\napi_key_env = "THEIR_KEY"\n'
+)
+
+
+def test_a_tier_elsewhere_comes_with_a_reload_once_its_key_is_there(
+    estate: Estate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the key all stays as it was; with it the tier takes calls, and nothing is started."""
+    monkeypatch.delenv("THEIR_KEY", raising=False)
+    estate.stands(tier("main"))
+    estate.reads(tier("main"), ELSEWHERE)
+    assert "all stays as it was" in estate.said
+    assert "tier.far.api_key_env" in estate.said
+    assert "far" not in estate.house.tiers
+    monkeypatch.setenv("THEIR_KEY", "secret")
+    estate.reads(tier("main"), ELSEWHERE)
+    assert isinstance(estate.house.tiers["far"].remote, OpenAI)
+    assert estate.call("far").permit is not None
+    assert len(estate.reactor.started) == 1
+    assert "secret" not in estate.said
+
+
+def test_a_gateway_without_a_key_that_it_needs_does_not_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says which variable is missing, and where that is wanted."""
+    monkeypatch.delenv("THEIR_KEY", raising=False)
+    path = tmp_path / "gw.toml"
+    main = ELSEWHERE.replace("tier.far", "tier.main")
+    path.write_text(f'[gateway]\nstate_dir = "{tmp_path}"\n{main}')
+    with pytest.raises(UsageError, match=r"tier\.main\.api_key_env: .* THEIR_KEY"):
+        Options().parseOptions(["--config", str(path)])

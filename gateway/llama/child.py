@@ -31,6 +31,7 @@ from gateway.llama.command import socket_file, without_key
 from gateway.llama.launcher import launched
 from gateway.llama.orphans import Record
 from gateway.llama.output import Output
+from gateway.upstream import Health
 
 #: Seconds that a server which is stuck gets to end before it is killed.
 _LAST_CHANCE: Final = 2.0
@@ -44,14 +45,6 @@ _YOUNG: Final = 10.0
 _ENDED: Final = "tier {tier}: its server is gone: {reason}; {then}. Its last words:\n{last_words}"
 
 log = Logger()
-
-
-class Health(Enum):
-    """What ``GET /health`` says; `DOWN` where nothing answers, or nothing that we know."""
-
-    DOWN = "down"
-    LOADING = "loading"
-    READY = "ready"
 
 
 class State(Enum):

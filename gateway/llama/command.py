@@ -48,7 +48,7 @@ def command(
         "--slot-save-path": str(slots),
         "--cache-ram": _text(tier.cache_ram),
         "--sse-ping-interval": "5",
-        "--api-key": tier.api_key,
+        "--api-key": tier.key,
     }
     short = {"--parallel": "-np", "--slot-prompt-similarity": "-sps", "--cache-ram": "-cram"}
     if tier.cache_ram is None and not {"--cache-ram", "-cram"} & {*given}:

@@ -23,8 +23,8 @@ from twisted.logger import Logger
 
 from gateway.config import MIB
 from gateway.llama import gguf
-from gateway.llama.client import Props
 from gateway.llama.command import option
+from gateway.upstream import Props
 
 #: MiB that a llama-server has for conversations in RAM where its command does not say.
 _RAM: Final = 8192

@@ -23,11 +23,11 @@ from twisted.internet.defer import TimeoutError as TimedOut
 from twisted.internet.interfaces import IDelayedCall, IPushProducer, IReactorTime
 from twisted.python.failure import Failure
 
-from gateway.llama.client import Lost
 from gateway.policy.schema import Form
 from gateway.tier import constrained
 from gateway.tier.line import Permit, Ticket
 from gateway.tier.tier import Tier
+from gateway.upstream import Lost
 from gateway.wire import pulse
 from gateway.wire.dialect import MESSAGES, Dialect
 from gateway.wire.errors import ApiError, unavailable
@@ -105,6 +105,8 @@ class UnderWay:
     permit: Permit
 
     async def begin(self, body: Mapping[str, Json]) -> None:
+        if self.tier.remote is not None:
+            self.permit.idle()  # whoever is hung up on there is gone; no slot can be asked
         await self.tier.cache.before(body)
         name, tokens = self.ticket.name, self.ticket.tokens
         self.tier.progress.begin(name, tokens, idle=self.permit.idle)
@@ -130,6 +132,7 @@ async def from_model(
     *,
     ticket: Ticket,
     started: Callable[[], None],
+    headers: Mapping[str, str] | None = None,
 ) -> None:
     """
     Ask `tier` for a free answer and tell it as it comes.
@@ -141,6 +144,7 @@ async def from_model(
         teller: tells it.
         ticket: what the line is told of it.
         started: called when the call's turn has come; may raise ApiError.
+        headers: the client's own, names in lower case.
 
     Raises:
         ApiError: refused, or failed on the way.
@@ -154,7 +158,7 @@ async def from_model(
         try:
             started()
             await under_way.begin(body)
-            answer = await tier.client.messages(body)
+            answer = await tier.client.messages(body, headers)
         except ApiError:
             under_way.finished()
             raise
@@ -214,7 +218,8 @@ async def under_schema(
         try:
             started()
             await under_way.begin(body)
-            completion = await constrained.complete(tier.client, body, form, tokens)
+            assert tier.llama is not None
+            completion = await constrained.complete(tier.llama, body, form, tokens)
             ticket.content()
         except ApiError:
             under_way.finished()

@@ -33,7 +33,7 @@ from twisted.logger import Logger
 
 from gateway.config import Tier as Wanted
 from gateway.llama import gguf
-from gateway.llama.client import SLOT_PATIENCE, LlamaClient, Lost, Props
+from gateway.llama.client import SLOT_PATIENCE, LlamaClient
 from gateway.llama.identity import Kept, server_of
 from gateway.llama.snapshots import (
     Refused,
@@ -46,6 +46,7 @@ from gateway.policy import warm
 from gateway.policy.divergence import Cold, Memory, Prompt, shared, whole
 from gateway.policy.order import Rank
 from gateway.tier.line import Line, Permit, Ticket
+from gateway.upstream import Lost, Props
 from gateway.wire import chat
 from gateway.wire.errors import ApiError, Unavailable, invalid
 from gateway.wire.events import Usage
@@ -114,6 +115,7 @@ class Cache:
     Attributes:
         name: of its tier.
         config: its part of the configuration.
+        client: the server, where it is a llama-server; any other keeps its cache to itself.
         command: what a server of ours was started with; () of any other.
         env: what was added to its environment.
         store: where snapshots are; None where none are taken.
@@ -125,7 +127,7 @@ class Cache:
 
     name: str
     config: Wanted
-    client: LlamaClient
+    client: LlamaClient | None
     line: Line
     prefill_rate: Callable[[], float | None]
     _reactor: IReactorTime
@@ -290,6 +292,10 @@ class Cache:
             log.failure("tier {tier}: cannot make use of an answer", tier=self.name)
 
     def _learn(self, body: Mapping[str, Json], usage: Usage, ticket: Ticket) -> None:
+        if self.client is None:
+            self.numbers.prefilled_tokens_total += usage.input or 0
+            self.numbers.cached_tokens_total += usage.cached
+            return
         coming, self._coming = self._coming, None
         prompt = coming[1] if coming and coming[0] is body else self._prompt(body)
         cached = usage.cached
@@ -314,6 +320,11 @@ class Cache:
             self._keep_prefix(body)
         self._wake()
 
+    @property
+    def _llama(self) -> LlamaClient:
+        assert self.client is not None  # nothing is kept of any other
+        return self.client
+
     def _prompt(self, body: Mapping[str, Json]) -> Prompt:
         told = body.get("chat_template_kwargs") or {}
         return Prompt.of(body, [name for name in told if name not in self.free])
@@ -332,7 +343,7 @@ class Cache:
 
     def advice(self) -> list[str]:
         """What a server that is not ours should have, and what it costs that it has not."""
-        if self.command:
+        if self.command or self.client is None:
             return []
         where = f"[tier.{self.name}.server]"
         ours = "This server is not started by claudegw: its slot is not saved, and after each start"
@@ -464,7 +475,7 @@ class Cache:
             part = await store.begin(self._state_bytes(server, held.tokens))
             try:
                 self.moves = True
-                moved = await self.client.save_slot(_SLOT, part)
+                moved = await self._llama.save_slot(_SLOT, part)
             except BaseException:
                 if permit is not None:
                     permit.finished()  # a disk that hangs is no reason to keep it
@@ -517,7 +528,7 @@ class Cache:
             if not await self.store.is_whole(snapshot):
                 return False
             self._doubted, self.moves = snapshot, True
-            moved = await self.client.restore_slot(_SLOT, snapshot.file)
+            moved = await self._llama.restore_slot(_SLOT, snapshot.file)
         except (ApiError, Lost) as error:
             log.warn("tier {tier}: cannot restore: {error}", tier=self.name, error=str(error))
             self._doubted = None
@@ -570,7 +581,7 @@ class Cache:
             return
         permit = await self.line.join(Ticket(Rank.BACKGROUND))
         try:
-            answer = await self.client.messages(body)
+            answer = await self._llama.messages(body)
             await answer.read()
             permit.finished()
             log.info("tier {tier}: its tools and system prompt are warm", tier=self.name)
@@ -592,7 +603,7 @@ class Cache:
         if kept is not None or beginning.fingerprint == self._too_short or self._is_refused:
             return
         one, other = [
-            await self.client.apply_template(chat.from_messages(each))
+            await self._llama.apply_template(chat.from_messages(each))
             for each in warm.two_beginnings(body)
         ]
         permit = await self.line.join(Ticket(Rank.BACKGROUND))
@@ -601,7 +612,7 @@ class Cache:
             prompt = warm.rendered_beginning(one, other)
             wanted = {"prompt": prompt, "n_predict": 0, "cache_prompt": True}
             # A call that comes ends this, and not what is saved of it afterwards.
-            evaluating = ensureDeferred(self.client.complete(wanted))
+            evaluating = ensureDeferred(self._llama.complete(wanted))
             self._warming = evaluating
             done = await evaluating
             tokens = done.evaluated + done.cached

@@ -18,8 +18,8 @@ from twisted.internet.defer import DeferredLock
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
-from gateway.llama.client import Lost
 from gateway.tier.line import Ticket
+from gateway.upstream import Lost
 from gateway.wire.errors import ApiError, poisonous
 
 Json = Any

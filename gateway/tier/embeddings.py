@@ -37,6 +37,7 @@ async def ask(
         ApiError: refused: most servers of chat models have no embeddings.
         Lost: the server went away.
     """
+    assert tier.llama is not None
     tier.cache.give_way()
     permit = await tier.line.join(ticket)
     under_way = UnderWay(tier, ticket, permit)
@@ -44,7 +45,7 @@ async def ask(
         try:
             started()
             await under_way.begin(view)
-            said = await tier.client.embeddings(body)
+            said = await tier.llama.embeddings(body)
         except ApiError:
             under_way.finished()
             raise

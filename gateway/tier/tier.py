@@ -16,8 +16,8 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from gateway.config import Tier as Wanted
-from gateway.llama.child import Child, Health, State
-from gateway.llama.client import SLOT_PATIENCE, LlamaClient, Props
+from gateway.llama.child import Child, State
+from gateway.llama.client import SLOT_PATIENCE, LlamaClient
 from gateway.llama.snapshots import Store
 from gateway.policy import template as templates
 from gateway.policy.order import Rank
@@ -29,6 +29,7 @@ from gateway.tier.line import Line, Permit, Ticket
 from gateway.tier.pace import Pace
 from gateway.tier.progress import Progress
 from gateway.tier.vitals import Vitals
+from gateway.upstream import Health, Props, Remote, Server
 from gateway.wire.errors import (
     ApiError,
     Unavailable,
@@ -68,6 +69,8 @@ class Tier:
         name: as in the configuration.
         config: its part of the configuration.
         client: its server.
+        llama: the same, where that is a llama-server.
+        remote: the same, where it is any other.
         line: where its calls wait.
         counter: counts its tokens.
         pace: how fast it is.
@@ -81,7 +84,7 @@ class Tier:
 
     name: str
     config: Wanted
-    client: LlamaClient
+    client: Server
     line: Line
     counter: Counter
     pace: Pace
@@ -90,6 +93,8 @@ class Tier:
     vitals: Vitals | None
     _reactor: IReactorTime
     keeps: Callable[[Sequence[str]], Store | None] = lambda _: None
+    llama: LlamaClient | None = attrs.field(default=None, init=False)
+    remote: Remote | None = attrs.field(default=None, init=False)
     cache: Cache = attrs.field(init=False)
     child: Child | None = attrs.field(default=None, init=False)
     _opening: Deferred[None] | None = attrs.field(default=None, init=False)
@@ -106,17 +111,22 @@ class Tier:
     _resting: DeferredLock = attrs.field(factory=DeferredLock, init=False)
 
     @classmethod
-    def of(cls, name: str, wanted: Wanted, client: LlamaClient, reactor: IReactorTime) -> Tier:
+    def of(
+        cls, name: str, wanted: Wanted, client: LlamaClient | Remote, reactor: IReactorTime
+    ) -> Tier:
         """The tier that the configuration wants, in front of `client`."""
         line = Line(wanted.slots, wanted.max_waiting, wanted.ageing, client.busy_slots, reactor)
         pace = Pace(reactor.seconds)
-        ask = None if wanted.server is not None else client.slots
+        llama = client if isinstance(client, LlamaClient) else None
+        ask = None if llama is None or wanted.server is not None else llama.slots
         progress = Progress(wanted.slots, pace, reactor, ask, lambda: line.settling)
         deaths = Deaths(reactor)
         tier = cls(
             name, wanted, client, line, Counter(client), pace, progress, deaths, None, reactor
         )
-        tier.cache = Cache(name, wanted, client, line, pace.prefill_rate, reactor)
+        tier.llama = llama
+        tier.remote = None if isinstance(client, LlamaClient) else client
+        tier.cache = Cache(name, wanted, llama, line, pace.prefill_rate, reactor)
         if wanted.server is not None:
             tier.vitals = Vitals(wanted.stall, tier._works, tier._slots, tier._stuck, reactor)
         return tier
@@ -306,7 +316,8 @@ class Tier:
 
     async def _slots(self) -> Sequence[Mapping[str, Json]]:
         """What its server says of its slots; it says nothing while it moves a slot's state."""
-        return [] if self.cache.moves else await self.client.slots()
+        assert self.llama is not None
+        return [] if self.cache.moves else await self.llama.slots()
 
     def _sign(self) -> None:
         if self.vitals is not None:
@@ -368,6 +379,20 @@ class Tier:
             return error
         return None
 
+    async def count(self, body: Mapping[str, Json]) -> int | None:
+        """
+        The tokens of a prepared body's prompt; None where its server counts none.
+
+        Raises:
+            ApiError: the server is down, or cannot render it.
+        """
+        try:
+            return await self.counter.count(body)
+        except ApiError as error:
+            if self.remote is not None and error.kind == "not_found_error":
+                return None
+            raise
+
     async def template(self) -> Template:
         """
         The chat template of the server.
@@ -418,11 +443,13 @@ class Tier:
 
     async def _find_rewrites(self, template: Template) -> tuple[str, ...]:
         """Those switches of a template that change what was said before."""
-        found = []
+        found: list[str] = []
+        if self.llama is None:
+            return ()
         for switch in template.in_question:
             try:
                 renderings = [
-                    await self.client.apply_template(templates.probe(switch, which))
+                    await self.llama.apply_template(templates.probe(switch, which))
                     for which in (0, 1)
                 ]
             except ApiError as error:

@@ -118,3 +118,81 @@ def _result(block: Json) -> Json:
         has_image = any(part["type"] == "image_url" for part in parts)
         content = parts if has_image else "".join(part["text"] for part in parts)
     return {"role": "tool", "tool_call_id": block["tool_use_id"], "content": content}
+
+
+# --- for servers of the chat API ------------------------------------------------------------------
+
+
+def request(body: Mapping[str, Json], *, strict: bool) -> dict[str, Json]:
+    """
+    The request to ``/v1/chat/completions`` that means what `body` does, to be streamed.
+
+    Beside `from_messages`, which says what llama-server does, this one says what the chat API
+    itself has (https://platform.openai.com/docs/api-reference/chat/create): words are strings, tool
+    results hold no images (those follow in a turn of the user), and ids lose the ``toolu_`` that
+    they were given for the client.
+
+    Args:
+        body: a body that `gateway.policy.prefix` has prepared, perhaps with an ``output_config``.
+        strict: whether the server refuses what OpenAI's own does not know.
+    """
+    plain = from_messages(body)
+    chat: dict[str, Json] = {
+        "messages": _plain(plain["messages"], strict),
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "max_completion_tokens" if strict else "max_tokens": body["max_tokens"],
+    }
+    if plain.get("tools"):
+        chat["tools"] = plain["tools"]
+        if "tool_choice" in plain:
+            chat["tool_choice"] = plain["tool_choice"]
+    if body.get("stop_sequences"):
+        chat["stop"] = body["stop_sequences"]
+    wanted = (body.get("output_config") or {}).get("format")
+    if wanted:
+        schema = {"name": "answer", "strict": True, "schema": wanted["schema"]}
+        chat["response_format"] = {"type": "json_schema", "json_schema": schema}
+    for name in ("temperature", "top_p", *(() if strict else ("top_k", "chat_template_kwargs"))):
+        if name in body:
+            chat[name] = body[name]
+    return chat
+
+
+def _plain(messages: list[Json], strict: bool) -> list[Json]:
+    found: list[Json] = []
+    shown: list[Json] = []  # by tools, whose results must stand together
+    for message in messages:
+        said = dict(message)
+        if said["role"] == "tool":
+            said["tool_call_id"] = said["tool_call_id"].removeprefix("toolu_")
+            if not isinstance(said["content"], str):
+                shown += [part for part in said["content"] if part["type"] == "image_url"]
+                words = [part for part in said["content"] if part["type"] == "text"]
+                said["content"] = words or "What it shows follows."
+        elif shown:
+            found.append({"role": "user", "content": shown})
+            shown = []
+        if not isinstance(said["content"], str):
+            said["content"] = _parts(said["content"])
+        if strict:
+            said.pop("reasoning_content", None)
+        if "tool_calls" in said:
+            said["tool_calls"] = [
+                {**call, "id": call["id"].removeprefix("toolu_")} for call in said["tool_calls"]
+            ]
+        found.append(said)
+    return [*found, {"role": "user", "content": shown}] if shown else found
+
+
+def _parts(parts: list[Json]) -> str | list[Json]:
+    """Words alone as one string; servers that know only strings are many."""
+    if all(part["type"] == "text" for part in parts):
+        text = ""
+        for part in parts:
+            apart = text and not text.endswith("\n") and not part["text"].startswith("\n")
+            text += "\n" + part["text"] if apart else part["text"]
+        return text
+    return [
+        {"type": "text", "text": part["text"]} if part["type"] == "text" else part for part in parts
+    ]

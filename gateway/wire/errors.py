@@ -156,6 +156,8 @@ def from_upstream_error(
         if isinstance(tokens, int) and isinstance(window, int):
             return prompt_too_long(tokens, window)
         return invalid("Prompt is too long")
+    if status in (429, 529):
+        return ApiError(kind if kind in STATUSES else "overloaded_error", said, status=status)
     if "image input is not supported" in message:
         return invalid(f"The model of tier {tier!r} takes no images.")
     if status == 503:

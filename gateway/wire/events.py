@@ -25,7 +25,7 @@ import attrs
 import orjson
 
 from gateway.wire import sse
-from gateway.wire.errors import ApiError, from_upstream_error
+from gateway.wire.errors import STATUSES, ApiError, from_upstream_error
 from gateway.wire.sse import SSEEvent
 
 Json = Any
@@ -86,27 +86,30 @@ class Usage:
         input: prompt tokens that were evaluated; None until it is known.
         cached: prompt tokens that the server still had.
         output: tokens generated.
+        created: prompt tokens that it keeps for a price of their own, counted beside `input`.
     """
 
     input: int | None = None
     cached: int = 0
     output: int = 0
+    created: int = 0
 
     def learn(self, said: Mapping[str, Json]) -> None:
         """Take over what an upstream's ``usage`` says; what it leaves out stays as it was."""
         self.input = said.get("input_tokens", self.input)
         self.cached = said.get("cache_read_input_tokens") or self.cached
+        self.created = said.get("cache_creation_input_tokens") or self.created
         self.output = said.get("output_tokens") or self.output
 
     def forget(self) -> None:
         """Nothing is known any more."""
-        self.input, self.cached, self.output = None, 0, 0
+        self.input, self.cached, self.created, self.output = None, 0, 0, 0
 
     def as_json(self) -> dict[str, int]:
         """As the Messages API has it."""
         return {
             "input_tokens": self.input or 0,
-            "cache_creation_input_tokens": 0,
+            "cache_creation_input_tokens": self.created,
             "cache_read_input_tokens": self.cached,
             "output_tokens": self.output,
         }
@@ -229,8 +232,11 @@ class Repair:
         if self._ending is None:
             raise Truncated
         events = [*self._start(), *self._close()]
-        delta = {"stop_reason": self._stop_reason(self._ending), "stop_sequence": None}
-        delta["stop_sequence"] = self._ending.get("stop_sequence")
+        delta = {
+            **self._ending,
+            "stop_reason": self._stop_reason(self._ending),
+            "stop_sequence": self._ending.get("stop_sequence"),
+        }
         events.append(
             Event({"type": "message_delta", "delta": delta, "usage": self.usage.as_json()})
         )
@@ -287,7 +293,7 @@ class Repair:
             return []
         kind = _KIND_OF_DELTA.get(delta["type"])
         now = self._block
-        if now is not None and now.there == there and kind in (now.kind, None):
+        if now is not None and now.there == there and _goes_into(kind, now.kind):
             if delta["type"] == "signature_delta":
                 self._block = attrs.evolve(now, signed=True)
             if now.here == there and b"\n" not in raw:
@@ -333,7 +339,7 @@ class Repair:
         """An ``error`` event, wrapped as the Messages API has it or bare as llama-server does."""
         error = body["error"] if isinstance(body.get("error"), dict) else body
         code = error.get("code")
-        status = code if isinstance(code, int) else 500
+        status = code if isinstance(code, int) else STATUSES.get(str(error.get("type")), 500)
         return from_upstream_error(
             status, str(error.get("type", "")), str(error.get("message", "")), error, self.tier
         )
@@ -344,6 +350,11 @@ class Repair:
             f"The model server of tier {self.tier!r} sent an event that makes no sense here"
             f" ({event.name[:40]!r}, {len(event.data)} bytes).",
         )
+
+
+def _goes_into(kind: str | None, block: str) -> bool:
+    """Whether a block takes deltas of this kind; None is one that we do not know."""
+    return kind in (block, None) or (kind == "tool_use" and block.endswith("_tool_use"))
 
 
 def _tool_id(there: str) -> str:
@@ -388,7 +399,7 @@ class Assembly:
         """The whole message; call it after the last event."""
         for block, parts in zip(self._message["content"], self._parts, strict=True):
             whole = "".join(parts)
-            if block["type"] == "tool_use":
+            if block["type"].endswith("tool_use"):  # a server's own too
                 block["input"] = _input(whole)
             elif block["type"] in ("text", "thinking"):
                 block[block["type"]] += whole

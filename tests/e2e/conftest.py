@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.stack import GEMMA, SMOLLM, Running, start_gateway, start_server
+from tests.e2e.stack import GEMMA, SMOLLM, Running, gateway_of_kind, start_server
 
 HAIKU = '\n\n[[route]]\nmodel = "*haiku*"\ntier = "small"\n'
 
@@ -32,9 +32,25 @@ def small_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     server.stop()
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A module that names ``GATEWAYS`` has its tests run on a gateway of each."""
+    kinds = getattr(metafunc.module, "GATEWAYS", None)
+    if kinds is not None and "kind" in metafunc.fixturenames:
+        metafunc.parametrize("kind", kinds, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
+def kind(request: pytest.FixtureRequest) -> str:
+    """What the tiers of the gateway are; a parameter of its own makes it another kind."""
+    return str(getattr(request, "param", "llama-server"))
+
+
 @pytest.fixture(scope="module")
 def gateway(
-    main_server: Running, small_server: Running, tmp_path_factory: pytest.TempPathFactory
+    kind: str,
+    main_server: Running,
+    small_server: Running,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Running]:
     """A gateway in front of both servers."""
     folder: Path = tmp_path_factory.mktemp("gateway")
@@ -42,6 +58,5 @@ def gateway(
         "main": {"url": main_server.url, "slots": 1},
         "small": {"url": small_server.url, "slots": 2},
     }
-    running = start_gateway(folder, tiers, HAIKU)
-    yield running
-    running.stop()
+    with gateway_of_kind(kind, folder, tiers, HAIKU) as running:
+        yield running

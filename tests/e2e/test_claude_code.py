@@ -22,7 +22,7 @@ import pytest
 
 from tests.e2e.clients import VERSIONS, Client, eventually
 from tests.e2e.scripted_llama import Block, Script, ScriptedLlama, Text, Thinking, ToolUse
-from tests.e2e.stack import Running, start_gateway
+from tests.e2e.stack import TIER_KINDS, Running, gateway_of_kind
 
 Json = Any
 
@@ -134,6 +134,23 @@ def test_a_prompt_is_answered(version: str, gateway: Running, tmp_path: Path) ->
     assert is_at_rest(gateway)
 
 
+@pytest.mark.server
+@pytest.mark.parametrize("kind", TIER_KINDS, indirect=True, scope="module")
+def test_each_kind_of_tier_answers(kind: str, gateway: Running, tmp_path: Path) -> None:
+    """``claude -p`` gets its answer, and a true count of what it cost, whatever stands behind."""
+    log = Log.of(gateway)
+    client = Client.of("newest", gateway, tmp_path, ONE_SENTENCE)
+    said = client.say("hello", "--system-prompt", "Be brief.", "--tools", "", seconds=PREFILL)
+    figures.info("%s: %.1f s, it said %r", kind, said.seconds, said.answer)
+    log.show()
+    assert said.status == 0, said
+    assert said.answer.strip()
+    (answered,) = log.ended("turn")
+    assert (answered["tier"], answered["outcome"]) == ("main", "answered")
+    assert answered["input"] + answered["cached"] > 0
+    assert answered["output"] > 0
+
+
 # --- on a scripted model --------------------------------------------------------------------------
 
 
@@ -147,7 +164,7 @@ class Stage:
 
 
 @contextmanager
-def stage(script: Script, folder: Path) -> Iterator[Stage]:
+def stage(script: Script, folder: Path, kind: str = "llama-server") -> Iterator[Stage]:
     """A main server that follows `script`, a small one that has seen no files."""
     with (
         ScriptedLlama(script, prefill=0.3).serving() as main,
@@ -155,11 +172,8 @@ def stage(script: Script, folder: Path) -> Iterator[Stage]:
     ):
         folder.mkdir()
         tiers = {"main": {"url": main.url, "slots": 1}, "small": {"url": small.url, "slots": 1}}
-        gateway = start_gateway(folder, tiers)
-        try:
+        with gateway_of_kind(kind, folder, tiers) as gateway:
             yield Stage(main, small, gateway)
-        finally:
-            gateway.stop()
 
 
 def no_files(_: Json) -> Sequence[Block]:
@@ -199,10 +213,11 @@ def runs_a_command(body: Json) -> Sequence[Block]:
     return [Thinking("A command will tell."), Text("I run it."), ToolUse("Bash", command)]
 
 
+@pytest.mark.parametrize("kind", ["llama-server", "anthropic"])
 @both_versions
-def test_a_tool_call_and_its_result(version: str, tmp_path: Path) -> None:
+def test_a_tool_call_and_its_result(version: str, kind: str, tmp_path: Path) -> None:
     """A tool call reaches the client, its result comes back in the next turn, then the answer."""
-    with stage(runs_a_command, tmp_path / "gateway") as set_up:
+    with stage(runs_a_command, tmp_path / "gateway", kind) as set_up:
         log = Log.of(set_up.gateway)
         client = Client.of(version, set_up.gateway, tmp_path, WITH_ATTRIBUTION)
         said = client.say("Run it.", "--allowedTools", "Bash")

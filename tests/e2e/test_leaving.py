@@ -21,6 +21,12 @@ from tests.e2e.stack import Running, start_gateway
 FLAT = 30
 
 
+#: On a tier of either kind that such a server can be.
+on_both_kinds = pytest.mark.parametrize(
+    "kind", ["llama-server", "anthropic"], indirect=True, scope="module"
+)
+
+
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FastLlama]:
     server = FastLlama.started(tmp_path_factory.mktemp("llama"))
@@ -29,8 +35,11 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FastLlama]:
 
 
 @pytest.fixture(scope="module")
-def gateway(llama: FastLlama, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    running = start_gateway(tmp_path_factory.mktemp("gateway"), {"main": {"url": llama.url}})
+def gateway(
+    kind: str, llama: FastLlama, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Running]:
+    main = {"url": llama.url, "kind": kind}
+    running = start_gateway(tmp_path_factory.mktemp("gateway"), {"main": main})
     yield running
     running.stop()
 
@@ -55,6 +64,7 @@ def outcome(gateway: Running) -> str:
     return last[0]["outcome"]
 
 
+@on_both_kinds
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
 @pytest.mark.parametrize("order", ["silence", "prefill", "drip"])
 def test_a_client_that_leaves_stops_the_upstream(
@@ -73,6 +83,7 @@ def test_a_client_that_leaves_stops_the_upstream(
     assert_all_is_well(gateway)
 
 
+@on_both_kinds
 def test_a_client_that_leaves_the_line_is_never_heard_of_upstream(
     llama: FastLlama, gateway: Running
 ) -> None:
@@ -105,6 +116,7 @@ def test_a_permit_waits_for_the_slot(llama: FastLlama, gateway: Running) -> None
     assert_all_is_well(gateway)
 
 
+@on_both_kinds
 def test_a_client_that_does_not_read_costs_nothing(llama: FastLlama, gateway: Running) -> None:
     """The upstream is paused while the client does not read, and the gateway does not grow."""
     number, before = len(llama.journal()), resident(gateway.process.pid)
@@ -120,6 +132,7 @@ def test_a_client_that_does_not_read_costs_nothing(llama: FastLlama, gateway: Ru
     assert_all_is_well(gateway)
 
 
+@on_both_kinds
 def test_a_client_that_reads_again_gets_the_rest(llama: FastLlama, gateway: Running) -> None:
     """A client that did not read for a while misses nothing."""
     number, offered = len(llama.journal()), 60_000_000

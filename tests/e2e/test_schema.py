@@ -11,13 +11,13 @@ from hypothesis import HealthCheck, Phase, given, settings
 from jsonschema import Draft202012Validator
 
 from gateway.policy.schema import read
-from tests.e2e.stack import Running
+from tests.e2e.stack import TIER_KINDS, Running
 from tests.schemas import answers
 
 #: Random schemas that each tier is asked to answer under; `bench.schemas` asks for more.
 MANY: Final = 40
 
-EVERY_KIND: Final = {
+EVERY_KIND: Final[dict[str, Any]] = {
     "type": "object",
     "properties": {
         "title": {"type": "string"},
@@ -40,6 +40,14 @@ EVERY_KIND: Final = {
     "additionalProperties": False,
 }
 
+#: A server of the chat API holds the schema by itself: llama-server's own grammars know no bounds
+#: of fractions, and let a tiny model's words go on for ever.
+CLOSED: Final[dict[str, Any]] = {
+    **EVERY_KIND,
+    "properties": {name: EVERY_KIND["properties"][name] for name in ("colour", "day", "hash")},
+    "required": ["colour", "day", "hash"],
+}
+
 
 def told(gateway: Running, tier: str, schema: Any, max_tokens: int) -> str:
     """The text of an answer that was not cut off."""
@@ -58,11 +66,13 @@ def told(gateway: Running, tier: str, schema: Any, max_tokens: int) -> str:
 
 
 @pytest.mark.server
+@pytest.mark.parametrize("kind", TIER_KINDS, indirect=True, scope="module")
 @pytest.mark.parametrize("tier", ["small", "main"])
-def test_the_answer_fits(gateway: Running, tier: str) -> None:
+def test_the_answer_fits(gateway: Running, tier: str, kind: str) -> None:
     """Whatever a tiny model would rather say, the answer is JSON of the wanted shape."""
-    text = told(gateway, tier, EVERY_KIND, 32_000)
-    Draft202012Validator(EVERY_KIND).validate(orjson.loads(text))
+    schema = CLOSED if kind == "openai" else EVERY_KIND
+    text = told(gateway, tier, schema, 32_000)
+    Draft202012Validator(schema).validate(orjson.loads(text))
 
 
 @pytest.mark.server

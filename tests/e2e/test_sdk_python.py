@@ -14,9 +14,12 @@ from anthropic.types import MessageParam, ToolParam, ToolUseBlock
 
 from tests.e2e.clients import eventually
 from tests.e2e.scripted_llama import Block, ScriptedLlama, Text
-from tests.e2e.stack import SMOLLM, Running, free_port, start_gateway, start_server
+from tests.e2e.stack import SMOLLM, TIER_KINDS, Running, free_port, start_gateway, start_server
 
 pytestmark = pytest.mark.server
+
+#: Of which kinds the tiers of `gateway` are, one after the other.
+GATEWAYS: Final = TIER_KINDS
 
 Json = Any
 

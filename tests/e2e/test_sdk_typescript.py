@@ -15,7 +15,7 @@ import orjson
 import pytest
 
 from tests.e2e.clients import CLIENTS, absent, program
-from tests.e2e.stack import Running
+from tests.e2e.stack import TIER_KINDS, Running
 from tests.e2e.test_sdk_python import (
     CHOICES,
     FORCED,
@@ -28,6 +28,9 @@ from tests.e2e.test_sdk_python import (
 )
 
 pytestmark = [pytest.mark.client, pytest.mark.server]
+
+#: Of which kinds the tiers of `gateway` are, one after the other.
+GATEWAYS: Final = TIER_KINDS
 
 Json = Any
 

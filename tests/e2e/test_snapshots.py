@@ -28,7 +28,7 @@ from twisted.internet.threads import deferToThread
 
 from bench.second_session import WINDOW, with_window
 from gateway.llama import gguf
-from gateway.llama.client import LlamaClient, Lost
+from gateway.llama.client import LlamaClient
 from gateway.llama.embedded import model_file
 from gateway.llama.identity import (
     Identity,
@@ -43,6 +43,7 @@ from gateway.llama.snapshots import (
 )
 from gateway.policy.divergence import Prompt
 from gateway.policy.warm import rendered_beginning, two_beginnings
+from gateway.upstream import Lost
 from gateway.wire import chat
 from gateway.wire.errors import ApiError
 from tests.e2e.stack import GEMMA, GLM_ORDER, SMOLLM, Running, start_server

@@ -18,7 +18,8 @@ from twisted.internet.testing import MemoryReactorClock
 from twisted.logger import LogEvent, LogLevel, formatEvent
 from twisted.python.failure import Failure
 
-from gateway.llama.child import Child, Health, Limits, State
+from gateway.llama.child import Child, Limits, State
+from gateway.upstream import Health
 
 #: A program that can be run, so that only the fake reactor decides whether it is.
 WORDS = (sys.executable, "-m", "server", "--api-key", "secret", "--port", "8081")

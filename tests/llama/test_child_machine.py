@@ -24,7 +24,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from twisted.internet.defer import Deferred
 from twisted.logger import LogEvent
 
-from gateway.llama.child import Child, Health, Limits, State
+from gateway.llama.child import Child, Limits, State
+from gateway.upstream import Health
 from tests.llama.test_child import WORDS, Nursery, fired
 
 LIMITS = Limits(max_restarts=2, restart_window=100.0, stop_grace=10.0, steady=60.0)

@@ -12,8 +12,8 @@ from treq.testing import RequestTraversalAgent
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
 
-from gateway.llama.child import Health
-from gateway.llama.client import LlamaClient, Lost
+from gateway.llama.client import LlamaClient
+from gateway.upstream import Health, Lost
 from gateway.wire.errors import Unavailable
 from tests.house import HELLO, FakeLlama
 

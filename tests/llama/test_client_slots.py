@@ -14,7 +14,8 @@ from twisted.internet.task import Clock
 from twisted.web.resource import Resource
 from twisted.web.server import NOT_DONE_YET, Request
 
-from gateway.llama.client import PATIENCE, SLOT_PATIENCE, LlamaClient, Moved
+from gateway.llama.client import SLOT_PATIENCE, LlamaClient, Moved
+from gateway.upstream import PATIENCE
 from gateway.wire.errors import ApiError
 
 Json = Any

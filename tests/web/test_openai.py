@@ -354,17 +354,6 @@ def test_a_bare_prompt_leaves_room_for_itself() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "body"), [(COMPLETE, prompt()), (EMBED, {"model": "m", "input": "a"})]
-)
-def test_a_server_that_takes_only_chats(path: str, body: Json) -> None:
-    """What is no conversation goes to llama-servers alone."""
-    house = Household.built(kind="anthropic")
-    browser = house.ask(body, path)
-    assert browser.status == 400
-    assert "'main' is no llama-server" in browser.json["error"]["message"]
-
-
-@pytest.mark.parametrize(
     "events",
     [[{"error": {"code": 500, "message": "Compute error.", "type": "server_error"}}], [[]], [{}]],
 )

@@ -296,7 +296,8 @@ def test_a_server_of_ours_that_is_gone_is_hung_up_on() -> None:
 
     house = Household.built()
     tier = house.api.dispatch.tiers["main"]
-    tier.vitals = Vitals(180, lambda: False, tier.client.slots, lambda _: None, house.clock)
+    assert tier.llama is not None
+    tier.vitals = Vitals(180, lambda: False, tier.llama.slots, lambda _: None, house.clock)
     browser = house.ask(turn())
     tier.child = Gone()  # type: ignore[assignment]
     tier.server_is(State.BACKOFF)

@@ -1,0 +1,310 @@
+"""A tier that is a server of the chat-completions API."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import orjson
+import pytest
+
+from tests.house import CLAUDE_CODE, turn
+from tests.remote.scene import Scene
+
+Json = Any
+
+CHAT: Final = "/v1/chat/completions"
+URL: Final = "http://there.example/v1"
+
+TOOL: Final = {"name": "look", "description": "Looks.", "input_schema": {"type": "object"}}
+
+
+def sent(body: Json, **keys: Any) -> Json:
+    """What the server gets for `body`."""
+    scene = Scene.of("openai", URL, **keys)
+    scene.house.ask(body)
+    ((asked, _),) = scene.there.sent(CHAT)
+    return asked
+
+
+def stream(scene: Scene, *chunks: Json) -> None:
+    """Answer the call that is held."""
+    held = scene.there.held[-1]
+    held.begin()
+    for chunk in chunks:
+        held.request.write(b"data: %b\n\n" % orjson.dumps(chunk))
+    held.request.write(b"data: [DONE]\n\n")
+    held.finish()
+    scene.house.settle()
+
+
+def test_a_turn() -> None:
+    """Words are strings, and the usage is asked for."""
+    asked = sent(
+        turn(
+            system="Be brief.",
+            stop_sequences=["END"],
+            temperature=0.5,
+            top_k=3,
+            cache_control={"type": "ephemeral"},
+        ),
+        model="theirs",
+    )
+    told = asked.pop("chat_template_kwargs")
+    assert told["enable_thinking"] is False
+    assert asked == {
+        "model": "theirs",
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "hi"},
+        ],
+        "stream": True,
+        "stream_options": {"include_usage": True},
+        "max_tokens": 100,
+        "stop": ["END"],
+        "temperature": 0.5,
+        "top_k": 3,
+    }
+
+
+def test_a_strict_server_is_told_what_openai_knows() -> None:
+    """And nothing else, so that it refuses nothing."""
+    thought = {"type": "thinking", "thinking": "Hm.", "signature": ""}
+    said = [thought, {"type": "text", "text": "Hello."}]
+    asked = sent(
+        turn(messages=[*turn()["messages"], {"role": "assistant", "content": said}], top_k=3),
+        strict=True,
+    )
+    assert asked["messages"][1:] == [{"role": "assistant", "content": "Hello."}]
+    assert asked.keys() == {
+        *("model", "messages", "stream", "stream_options", "max_completion_tokens")
+    }
+
+
+def test_tools_and_what_they_said() -> None:
+    """Calls keep their ids, less what was put before them for the client."""
+    call = {"type": "tool_use", "id": "toolu_call_1", "name": "look", "input": {"at": "it"}}
+    seen = {"type": "tool_result", "tool_use_id": "toolu_call_1", "content": "A cat."}
+    asked = sent(
+        turn(
+            messages=[
+                {"role": "user", "content": "Look."},
+                {"role": "assistant", "content": [call]},
+                {"role": "user", "content": [seen]},
+            ],
+            tools=[TOOL],
+            tool_choice={"type": "any"},
+        )
+    )
+    function = {"name": "look", "arguments": '{"at":"it"}'}
+    assert asked["messages"][1:] == [
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"id": "call_1", "type": "function", "function": function}],
+        },
+        {"role": "tool", "tool_call_id": "call_1", "content": "A cat."},
+    ]
+    offered = {"name": "look", "description": "Looks.", "parameters": {"type": "object"}}
+    assert asked["tools"] == [{"type": "function", "function": offered}]
+    assert asked["tool_choice"] == "required"
+
+
+def test_pictures() -> None:
+    """As data URLs; those that tools show follow when all of their results are said."""
+    picture = {
+        "type": "image",
+        "source": {"type": "base64", "media_type": "image/png", "data": "AA=="},
+    }
+    shown = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}
+    calls = [{"type": "tool_use", "id": f"toolu_{n}", "name": "look", "input": {}} for n in "ab"]
+    results = [
+        {"type": "tool_result", "tool_use_id": "toolu_a", "content": [picture]},
+        {
+            "type": "tool_result",
+            "tool_use_id": "toolu_b",
+            "content": [{"type": "text", "text": "This:"}, picture],
+        },
+    ]
+    asked = sent(
+        turn(
+            messages=[
+                {"role": "user", "content": [{"type": "text", "text": "Look."}, picture]},
+                {"role": "assistant", "content": calls},
+                {"role": "user", "content": results},
+                {"role": "assistant", "content": "Cats."},
+                {"role": "user", "content": "And?"},
+            ]
+        )
+    )
+    first, _, *rest = asked["messages"]
+    assert first["content"] == [{"type": "text", "text": "Look."}, shown]
+    assert rest == [
+        {"role": "tool", "tool_call_id": "a", "content": "What it shows follows."},
+        {"role": "tool", "tool_call_id": "b", "content": "This:"},
+        {"role": "user", "content": [shown, shown]},
+        {"role": "assistant", "content": "Cats."},
+        {"role": "user", "content": "And?"},
+    ]
+
+
+def test_a_picture_that_was_just_shown_is_the_last_that_is_said() -> None:
+    """Where the results end the conversation."""
+    source = {"type": "url", "url": "https://example.org/a.png"}
+    shown = [{"type": "image", "source": source}]
+    call = {"type": "tool_use", "id": "toolu_a", "name": "look", "input": {}}
+    result = {"type": "tool_result", "tool_use_id": "toolu_a", "content": shown}
+    asked = sent(
+        turn(
+            messages=[
+                *turn()["messages"],
+                {"role": "assistant", "content": [call]},
+                {"role": "user", "content": [result]},
+            ]
+        )
+    )
+    url = {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}
+    assert asked["messages"][-1] == {"role": "user", "content": [url]}
+
+
+def test_thinking_of_earlier_turns_goes_back() -> None:
+    """As the reasoning of that message."""
+    thought = {"type": "thinking", "thinking": "Hm.", "signature": "s"}
+    said = [thought, {"type": "text", "text": "Hello."}]
+    asked = sent(
+        turn(
+            messages=[
+                *turn()["messages"],
+                {"role": "assistant", "content": said},
+                {"role": "user", "content": "And?"},
+            ],
+            thinking={"type": "adaptive"},
+        )
+    )
+    assert asked["messages"][1] == {
+        "role": "assistant",
+        "content": "Hello.",
+        "reasoning_content": "Hm.",
+    }
+    assert asked["chat_template_kwargs"]["enable_thinking"] is True
+
+
+@pytest.mark.parametrize("tools", [[], [TOOL]], ids=["alone", "beside tools"])
+def test_a_schema_goes_along(tools: Json) -> None:
+    """The server holds the answer to it, also one that we could not read."""
+    schema = {"type": "object", "properties": {"a": {"$ref": "#/$defs/x"}}}
+    wanted = {"format": {"type": "json_schema", "schema": schema}}
+    asked = sent(turn(output_config=wanted, **({"tools": tools} if tools else {})))
+    assert asked["response_format"] == {
+        "type": "json_schema",
+        "json_schema": {"name": "answer", "strict": True, "schema": schema},
+    }
+
+
+def test_blocks_of_words_do_not_run_into_each_other() -> None:
+    """Where nothing stands between them, a line ends."""
+    blocks = [{"type": "text", "text": text} for text in ("One.", "Two.\n", "Three.", "\n\nFour.")]
+    asked = sent(turn(messages=[{"role": "user", "content": blocks}]))
+    assert asked["messages"][0]["content"] == "One.\nTwo.\nThree.\n\nFour."
+
+
+def test_an_answer() -> None:
+    """Thinking, words, a tool and the usage, as the Messages API has them."""
+    scene = Scene.of("openai", URL)
+    browser = scene.house.ask(turn(stream=True, tools=[TOOL]))
+    call = {"index": 0, "id": "call_1", "function": {"name": "look", "arguments": "{}"}}
+    deltas = [{"reasoning": "Hm."}, {"content": "Yes."}, {"tool_calls": [call]}]
+    usage = {
+        "prompt_tokens": 9,
+        "completion_tokens": 4,
+        "prompt_tokens_details": {"cached_tokens": 5},
+    }
+    stream(
+        scene,
+        *({"choices": [{"index": 0, "delta": delta}]} for delta in deltas),
+        {"choices": [{"index": 0, "delta": {}, "finish_reason": "tool_calls"}]},
+        {"choices": [], "usage": usage},
+    )
+    opened = [e["content_block"] for e in browser.events if e["type"] == "content_block_start"]
+    assert [block["type"] for block in opened] == ["thinking", "text", "tool_use"]
+    assert opened[2]["id"] == "toolu_call_1"
+    ending = browser.events[-2]
+    assert ending["delta"]["stop_reason"] == "tool_use"
+    assert ending["usage"] == {
+        "input_tokens": 4,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": 5,
+        "output_tokens": 4,
+    }
+    assert browser.ended
+
+
+@pytest.mark.parametrize(
+    ("path", "answer", "tokens"),
+    [
+        ("/v1/chat/completions/input_tokens", {"input_tokens": 17}, 17),
+        ("/tokenize", {"count": 18, "tokens": []}, 18),
+        ("/tokenize", {"tokens": []}, None),
+        ("/nowhere", {}, None),
+    ],
+)
+def test_a_count(path: str, answer: Json, tokens: int | None) -> None:
+    """llama-server's way, vLLM's way, or none: nothing is made up."""
+    scene = Scene.of("openai", URL)
+    scene.there.counts[path] = answer
+    browser = scene.house.ask(turn(tools=[TOOL]), "/v1/messages/count_tokens")
+    if tokens is None:
+        assert (browser.status, browser.json["error"]["type"]) == (404, "not_found_error")
+        return
+    assert browser.json == {"input_tokens": tokens}
+    ((body, _),) = scene.there.sent(path)
+    assert body.keys() == {"model", "messages", "tools", "chat_template_kwargs"}
+
+
+def test_its_key_is_shown_as_a_bearers() -> None:
+    """And nothing that the client said of the other API goes along."""
+    scene = Scene.of("openai", URL, api_key="secret")
+    scene.house.ask(turn(), anthropic_beta="a", x_api_key="mine")
+    ((_, headers),) = scene.there.sent(CHAT)
+    assert headers["authorization"] == "Bearer secret"
+    assert not {"anthropic-beta", "x-api-key"} & headers.keys()
+
+
+def test_housekeeping_is_bounded() -> None:
+    """A tiny model may be behind it."""
+    scene = Scene.of("openai", URL, answer_tokens=16)
+    scene.house.ask(turn("Web page content:\n---\n", max_tokens=5000), **CLAUDE_CODE)
+    ((body, _),) = scene.there.sent(CHAT)
+    assert body["max_tokens"] == 16
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted", "counts", "bound"),
+    [
+        (10, 100, None, 100),
+        (10, 4990, 40, 4960),
+        (10, 9000, None, 5000),
+        (4000, 100, 4950, 50),
+        (9000, 100, None, 100),
+    ],
+)
+def test_an_answer_has_the_room_that_the_prompt_leaves(
+    words: int, wanted: int, counts: int | None, bound: int
+) -> None:
+    """Counted where the size does not tell, and where that can be had."""
+    scene = Scene.of("openai", URL)
+    if counts is not None:
+        scene.there.counts["/tokenize"] = {"count": counts}
+    scene.house.ask(turn("x" * words, max_tokens=wanted))
+    ((body, _),) = scene.there.sent(CHAT)
+    assert body["max_tokens"] == bound
+    assert bool(scene.there.sent("/tokenize")) == (words + wanted > 4000)
+
+
+def test_a_prompt_that_does_not_fit_is_refused_before_it_is_sent() -> None:
+    """With the numbers on which the client compacts."""
+    scene = Scene.of("openai", URL)
+    scene.there.counts["/tokenize"] = {"count": 5000}
+    browser = scene.house.ask(turn("x" * 9000))
+    assert browser.status == 400
+    assert browser.json["error"]["message"] == "prompt is too long: 5000 tokens > 4999 maximum"
+    assert scene.there.held == []

@@ -1,0 +1,88 @@
+"""Asking servers over real sockets: here is what memory does not show, TLS above all."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import pytest_twisted
+import trustme
+from twisted.internet import reactor as real_reactor
+from twisted.internet import ssl
+from twisted.internet.defer import maybeDeferred
+from twisted.web.server import Site
+
+from gateway.config import Tier as TierConfig
+from gateway.remote import remote
+from gateway.upstream import Health, Remote
+from gateway.wire.errors import ApiError, Unavailable
+from tests.remote.scene import Elsewhere
+
+# What Twisted gives to pyOpenSSL is not what the newest one likes best.
+pytestmark = pytest.mark.filterwarnings("ignore:Passing pyOpenSSL:DeprecationWarning")
+
+reactor: Any = real_reactor
+
+
+@attrs.define(eq=False)
+class Secure:
+    """An https server of the Messages API on this machine."""
+
+    there: Elsewhere
+    port: Any
+    ca: trustme.CA
+    folder: Path
+
+    def client(self, host: str = "localhost", *, trusted: bool = True) -> Remote:
+        """A client of it, by this name."""
+        path = self.folder / "ca.pem"
+        self.ca.cert_pem.write_to_path(path)
+        number = self.port.getHost().port
+        url, ca_file = f"https://{host}:{number}/prefix", path if trusted else None
+        return remote(reactor, "main", TierConfig(url, "anthropic", ca_file=ca_file))
+
+
+@pytest_twisted.async_yield_fixture  # type: ignore[untyped-decorator]
+async def secure(tmp_path: Path) -> AsyncIterator[Secure]:
+    """One whose certificate says ``localhost``."""
+    ca, there = trustme.CA(), Elsewhere()
+    issued = ca.issue_cert("localhost")
+    pem = issued.private_key_pem.bytes() + b"".join(p.bytes() for p in issued.cert_chain_pems)
+    options = ssl.PrivateCertificate.loadPEM(pem).options()
+    port = reactor.listenSSL(0, Site(there), options, interface="127.0.0.1")
+    yield Secure(there, port, ca, tmp_path)
+    await maybeDeferred(port.stopListening)
+
+
+@pytest_twisted.ensureDeferred  # type: ignore[untyped-decorator]
+async def test_a_server_that_its_certificate_vouches_for(secure: Secure) -> None:
+    """It is asked under its own name, with the path that stands before all others."""
+    assert (await secure.client().props()).n_ctx == 5000
+    ((path, _, headers),) = secure.there.asked
+    assert path == "/prefix/v1/models"
+    assert headers["host"].startswith("localhost:")
+
+
+@pytest.mark.parametrize(
+    ("host", "trusted"), [("127.0.0.1", True), ("localhost", False)], ids=["name", "certificate"]
+)
+@pytest_twisted.ensureDeferred  # type: ignore[untyped-decorator]
+async def test_a_server_that_nobody_vouches_for(secure: Secure, host: str, trusted: bool) -> None:
+    """Neither another name nor a certificate that nobody trusts is good enough to send a key to."""
+    with pytest.raises(ApiError, match="ca_file") as raised:
+        await secure.client(host, trusted=trusted).props()
+    assert raised.value.should_retry is False
+    assert secure.there.asked == []
+
+
+@pytest_twisted.ensureDeferred  # type: ignore[untyped-decorator]
+async def test_nobody_listens(secure: Secure) -> None:
+    """That is a server which is down, and may come."""
+    client = secure.client()
+    await maybeDeferred(secure.port.stopListening)
+    with pytest.raises(Unavailable, match="No model server answers"):
+        await client.props()
+    assert await client.health() is Health.DOWN
