@@ -35,6 +35,7 @@ class Record:
         id: the ``request-id`` that the client was told.
         arrived: seconds on the ledger's clock, as all times here.
         kind: what it is; "" until it is understood.
+        session: Claude Code's id of the session that it belongs to, or "".
         model: the client's own name for the model.
         tier: where it went.
         rule: what sent it there.
@@ -50,6 +51,7 @@ class Record:
     id: str
     arrived: float
     kind: str = ""
+    session: str = ""
     model: str = ""
     tier: str = ""
     rule: str = ""
@@ -77,6 +79,7 @@ class Record:
         return {
             "id": self.id,
             "kind": self.kind,
+            "session": self.session[:80],
             "model": self.model[:80],
             "tier": self.tier,
             "rule": self.rule,
