@@ -53,18 +53,27 @@ _MANAGED: Final = {
     "linux": Path("/etc/claude-code"),
 }
 
-#: Variables that keep the client from the gateway, from compacting, or from the gateway's models.
+#: Variables that keep the client from the gateway or its models, from compacting, or have it ask a
+#: question first.  Each was seen to: what is not here does no harm beside our settings.
 _HOSTILE: Final = (
     "ANTHROPIC_API_KEY",
     "ANTHROPIC_SMALL_FAST_MODEL",
-    "CLAUDE_CODE_AUTO_COMPACT_WINDOW",
+    "ANTHROPIC_UNIX_SOCKET",
+    "CLAUDE_CODE_DISABLE_UNKNOWN_MODEL_WINDOW_ENFORCEMENT",
     "CLAUDE_CODE_SUBAGENT_MODEL",
+    "CLAUDE_CODE_USE_ANTHROPIC_AWS",
     "CLAUDE_CODE_USE_BEDROCK",
     "CLAUDE_CODE_USE_FOUNDRY",
+    "CLAUDE_CODE_USE_MANTLE",
     "CLAUDE_CODE_USE_VERTEX",
     "DISABLE_AUTO_COMPACT",
-    "DISABLE_COMPACT",
 )
+
+#: One that counts whatever its value, so that nothing overrides it where a file sets it.
+_FINAL: Final = "DISABLE_COMPACT"
+
+#: Variables that hold the names of our models.
+_NAMES: Final = ("ANTHROPIC_MODEL", "ANTHROPIC_DEFAULT_HAIKU_MODEL")
 
 #: Variables that send all that the client says through a proxy, and those that say what not.
 _PROXIES: Final = ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY")
@@ -148,33 +157,42 @@ def session(
     """
     said = [*_too_small(window), *_outranked(ours, sources, arguments)]
     env: dict[str, str] = dict(ours["env"])
-    places = [Source("The environment", {"env": environ}), *sources]
-    for place in places:
-        hostile = [name for name in _HOSTILE if place.env.get(name)]
-        if not hostile:
-            continue
-        if place.managed:
-            said.append(_not_ours(place, hostile))
-            continue
-        env |= dict.fromkeys(hostile, "")
-        is_one = len(hostile) == 1
+    files = [source for source in sources if not source.managed]
+    places = [_environment(environ), *files]
+    hostile = [name for name in _HOSTILE if any(place.env.get(name) for place in places)]
+    if environ.get(_FINAL):
+        hostile.append(_FINAL)
+    if hostile:
+        where = [place.name for place in places if any(map(place.env.get, hostile))]
         said.append(
-            f"{place.name} sets {_listed(hostile)}: overridden in this session, since"
-            f" {'it' if is_one else 'they'} would keep Claude Code from this gateway's models;"
-            f" remove {'it' if is_one else 'them'} there to be rid of this line."
+            f"In this session {_listed(hostile)} from {_listed(where)}"
+            f" {'is' if len(hostile) == 1 else 'are'} overridden, to stay on this gateway; remove"
+            f" {'it' if len(hostile) == 1 else 'them'} there to be rid of this line."
         )
-    proxies, direct = _around_proxies(ours["env"]["ANTHROPIC_BASE_URL"], places)
+    env |= {name: "" for name in _HOSTILE if any(source.env.get(name) for source in files)}
+    if never := [source.name for source in files if _FINAL in source.env]:
+        said.append(
+            f"{_listed(never)} sets {_FINAL}, which nothing overrides: a conversation will end when"
+            " the window is full; remove it there."
+        )
+    proxies, direct = _around_proxies(env["ANTHROPIC_BASE_URL"], [_environment(environ), *sources])
     said += proxies
     env |= direct
+    changes: dict[str, Json] = {"env": env}
+    if any("availableModels" in source.settings for source in sources):
+        # It would take "claudegw-main[1m]" instead, which has no window.
+        changes["availableModels"] = list(dict.fromkeys(map(env.get, _NAMES)))
     if any(source.settings.get("statusLine") for source in sources):
         ours = {name: value for name, value in ours.items() if name != "statusLine"}
-    child = {**environ, **env}
-    for name in _HOSTILE:
-        if not child.get(name):
-            child.pop(name, None)
+    out = (*_HOSTILE, _FINAL)
+    child = {name: value for name, value in ({**environ, **env}).items() if name not in out}
     if "--bare" in arguments:  # it knows no other credential
         child["ANTHROPIC_API_KEY"] = env["ANTHROPIC_AUTH_TOKEN"]
-    return Session({**ours, "env": env}, child, said)
+    return Session({**ours, **changes}, child, said)
+
+
+def _environment(environ: Mapping[str, str]) -> Source:
+    return Source("the environment", {"env": environ})
 
 
 def _too_small(window: int) -> Iterator[str]:
@@ -191,23 +209,23 @@ def _outranked(
     ours: Mapping[str, Json], sources: Sequence[Source], arguments: Sequence[str]
 ) -> Iterator[str]:
     """What stands above our settings."""
+    wanted: Mapping[str, str] = ours["env"]
     for source in sources:
-        wanted: Mapping[str, str] = ours["env"]
         lost = [name for name, value in source.env.items() if wanted.get(name, value) != value]
+        lost += [name for name in (*_HOSTILE, _FINAL) if source.env.get(name)]
+        lost += [name for name in ("availableModels",) if name in source.settings]
+        if source.settings.get("autoCompactEnabled") is False:
+            lost.append("autoCompactEnabled")
         if source.managed and lost:
-            yield _not_ours(source, lost)
+            yield (
+                f"{source.name} sets {_listed(lost)}, which outranks this gateway's settings: ask"
+                " who manages this machine to take it out."
+            )
     if any(argument.partition("=")[0] == "--settings" for argument in arguments):
         yield (
-            "Claude Code takes one --settings, and yours is in place of this gateway's: put what"
-            " is in it into .claude/settings.local.json instead."
+            "Claude Code takes only one --settings: leave yours out, and put what is in it into"
+            " .claude/settings.local.json."
         )
-
-
-def _not_ours(source: Source, names: Sequence[str]) -> str:
-    return (
-        f"{source.name} sets {_listed(names)}, which outranks this gateway's settings: ask who"
-        " manages this machine to take it out."
-    )
 
 
 def _around_proxies(url: str, places: Sequence[Source]) -> tuple[list[str], dict[str, str]]:

@@ -69,6 +69,7 @@ def settings(
             "deny": ["WebSearch"],
         },
         "skipWebFetchPreflight": True,
+        "autoCompactEnabled": True,
         **({} if line is None else {"statusLine": shown}),
     }
 

@@ -36,8 +36,8 @@ def started(
     return session(OURS, window, sources, environ or {}, arguments)
 
 
-def theirs(managed: bool = False, **env: str) -> Source:
-    return Source("theirs", {"env": env}, managed)
+def theirs(**env: str) -> Source:
+    return Source("theirs", {"env": env})
 
 
 # --- the arguments --------------------------------------------------------------------------------
@@ -86,36 +86,55 @@ def test_what_is_harmless_is_left_alone() -> None:
 
 def test_a_hostile_environment() -> None:
     """What would lead elsewhere is taken out of the client's environment, in one sentence."""
-    environ = {"ANTHROPIC_API_KEY": "k", "CLAUDE_CODE_USE_VERTEX": "1", "DISABLE_COMPACT": ""}
+    environ = {"ANTHROPIC_API_KEY": "k", "DISABLE_COMPACT": "1", "CLAUDE_CODE_USE_VERTEX": ""}
     start = started(environ=environ)
     assert start.environ == OURS["env"]
     (said,) = start.said
-    assert "The environment sets ANTHROPIC_API_KEY and CLAUDE_CODE_USE_VERTEX:" in said
-    # A settings file may come between.
-    assert start.settings["env"]["CLAUDE_CODE_USE_VERTEX"] == ""
+    names = "ANTHROPIC_API_KEY and DISABLE_COMPACT"
+    assert said.startswith(f"In this session {names} from the environment are overridden,")
+    assert start.settings == OURS
 
 
 def test_hostile_settings() -> None:
-    """What a file of the user's sets beside ours is overridden in ours, and the file is named."""
-    start = started(Source("~/.claude/settings.json", {"env": {"CLAUDE_CODE_USE_BEDROCK": "1"}}))
+    """What files of the user's set beside ours is overridden in ours, and the files are named."""
+    bedrock = {"env": {"CLAUDE_CODE_USE_BEDROCK": "1"}}
+    start = started(Source("this", bedrock), Source("that", bedrock), Source("other", {}))
     assert start.settings["env"] == {**OURS["env"], "CLAUDE_CODE_USE_BEDROCK": ""}
+    assert start.environ == OURS["env"]
     (said,) = start.said
-    assert said.startswith("~/.claude/settings.json sets CLAUDE_CODE_USE_BEDROCK: overridden")
+    assert "CLAUDE_CODE_USE_BEDROCK from this and that is overridden" in said
+
+
+def test_what_nothing_overrides() -> None:
+    """It is said where it is, and ours does not set it either: any value counts."""
+    start = started(theirs(DISABLE_COMPACT="0"))
+    assert start.settings == OURS
+    (said,) = start.said
+    assert said.startswith("theirs sets DISABLE_COMPACT, which nothing overrides")
+
+
+def test_a_list_of_models() -> None:
+    """Where the user has a list of models, ours stand in it; else there is none."""
+    start = started(Source("theirs", {"availableModels": ["sonnet"]}))
+    assert start.settings["availableModels"] == ["claudegw-main"]
+    assert start.said == []
+    assert "availableModels" not in started().settings
 
 
 def test_an_organization_outranks_us() -> None:
     """What nobody but an organization can change is said, and by whom it can be."""
-    managed = theirs(
-        managed=True,
-        ANTHROPIC_BASE_URL="https://elsewhere",
-        ENABLE_TOOL_SEARCH="false",
-        CLAUDE_CODE_USE_BEDROCK="1",
-    )
-    start = started(managed)
-    assert start.settings == OURS
-    first, second = start.said
-    assert first.startswith("theirs sets ANTHROPIC_BASE_URL, which outranks")
-    assert second.startswith("theirs sets CLAUDE_CODE_USE_BEDROCK, which outranks")
+    env = {
+        "ANTHROPIC_BASE_URL": "https://elsewhere",
+        "ENABLE_TOOL_SEARCH": "false",
+        "CLAUDE_CODE_USE_BEDROCK": "1",
+    }
+    keys = {"availableModels": ["sonnet"], "autoCompactEnabled": False, "model": "opus"}
+    start = started(Source("managed", {"env": env, **keys}, managed=True))
+    assert start.settings["env"] == OURS["env"]
+    (said,) = start.said
+    names = "ANTHROPIC_BASE_URL, CLAUDE_CODE_USE_BEDROCK, availableModels and autoCompactEnabled"
+    assert said.startswith(f"managed sets {names}, which outranks")
+    assert started(Source("managed", {"autoCompactEnabled": True}, managed=True)).said == []
 
 
 @pytest.mark.parametrize(
@@ -308,7 +327,9 @@ def test_nothing_of_the_users_is_changed(
     written(users, {"env": {"CLAUDE_CODE_USE_BEDROCK": "1"}})
     before = users.read_bytes()
     house.run()
-    assert capsys.readouterr().err.startswith("claudegw: ~/.claude/settings.json sets")
+    assert capsys.readouterr().err.startswith(
+        "claudegw: In this session CLAUDE_CODE_USE_BEDROCK from ~/.claude/"
+    )
     assert users.read_bytes() == before
     assert [each.name for each in users.parent.iterdir()] == ["settings.json"]
 
