@@ -19,7 +19,7 @@ import pytest
 
 from tests.e2e.clients import CLAUDEGW, VERSIONS, Client, Said, eventually
 from tests.e2e.scripted_llama import Block, Script, ScriptedLlama, Text, Thinking
-from tests.e2e.stack import Running, start_gateway
+from tests.e2e.stack import GEMMA, Running, start_gateway, start_server
 from tests.e2e.test_claude_code import ONE_SENTENCE, PREFILL, Log, is_at_rest, written
 
 Json = Any
@@ -107,6 +107,11 @@ class Started(Client):
             path.write_bytes(orjson.dumps(HOSTILE))
         return attrs.evolve(self, more=ELSEWHERE)
 
+    def assert_unchanged(self) -> None:
+        """Its user's files say what they said; the older client sorts what they say."""
+        for path in self.users_files:
+            assert orjson.loads(path.read_bytes()) == HOSTILE, path
+
 
 @contextmanager
 def house(script: Script, folder: Path, n_ctx: int = 131_072) -> Iterator[tuple[Json, Running]]:
@@ -160,7 +165,6 @@ def test_a_prompt_from_a_hostile_home(version: str, tmp_path: Path) -> None:
     with house(seven, tmp_path / "gateway") as (asked, gateway):
         log = Log.of(gateway)
         client = Started.on(version, gateway, tmp_path).hostile()
-        before = [path.read_bytes() for path in client.users_files]
         said = client.say("How many gates are there?")
         figures.info("%s: %s", version, said.errors)
         assert (said.status, said.answer.strip()) == (0, "There are seven gates."), said
@@ -169,7 +173,7 @@ def test_a_prompt_from_a_hostile_home(version: str, tmp_path: Path) -> None:
         assert "ANTHROPIC_API_KEY, " in overridden
         assert "from the environment, ~/.claude/settings.json, " in overridden
         assert "would send this gateway's calls to a proxy" in proxies
-        assert [path.read_bytes() for path in client.users_files] == before
+        client.assert_unchanged()
 
 
 @both_versions
@@ -178,14 +182,13 @@ def test_a_session_from_a_hostile_home(version: str, tmp_path: Path) -> None:
     with house(seven, tmp_path / "gateway") as (asked, gateway):
         log = Log.of(gateway)
         client = Started.on(version, gateway, tmp_path).hostile()
-        before = [path.read_bytes() for path in client.users_files]
         with client.session(ready="main · ready") as session:
             session.type("How many gates are there?")
             session.wait_for(lambda screen: "There are seven gates." in screen, 60)
             session.wait_for(lambda screen: "main · " in screen and "cached" in screen, 60)
             figures.info("%s:\n%s", version, session.screen)
         assert_on_the_gateway(log, asked)
-        assert [path.read_bytes() for path in client.users_files] == before
+        client.assert_unchanged()
 
 
 # --- a conversation that outgrows its window ------------------------------------------------------
@@ -194,12 +197,14 @@ def test_a_session_from_a_hostile_home(version: str, tmp_path: Path) -> None:
 PASTE: Final = "The north gate, the east gate, the south gate, the west gate. " * 480
 
 
-def talk(client: Started, turns: int, *options: str, seconds: float = 120) -> list[Said]:
+def talk(
+    client: Started, turns: int, *options: str, paste: str = PASTE, seconds: float = 120
+) -> list[Said]:
     """So many long turns of one conversation."""
     said = []
     for number in range(turns):
         more = ["--continue"] if number else []
-        prompt = f"Turn {number}. How many gates are there? {PASTE}"
+        prompt = f"Turn {number}. How many gates are there? {paste}"
         said.append(client.say(prompt, *more, *options, seconds=seconds))
         figures.info("turn %d: %.1f s, %r", number, said[-1].seconds, said[-1].answer[:60])
     return said
@@ -231,13 +236,16 @@ def summarizes(body: Json) -> Sequence[Block]:
     return seven(body)
 
 
-@both_versions
-def test_a_conversation_that_outgrows_its_window(version: str, tmp_path: Path) -> None:
-    """It is compacted before the window is full, and goes on, from a hostile home as well."""
+def test_a_conversation_that_outgrows_its_window(tmp_path: Path) -> None:
+    """
+    It is compacted before the window is full, and goes on, from a hostile home as well.
+
+    The older client knows no windows but its own.
+    """
     window = 65_536
     with house(summarizes, tmp_path / "gateway", window) as (_, gateway):
         log = Log.of(gateway)
-        said = talk(Started.on(version, gateway, tmp_path).hostile(), 8)
+        said = talk(Started.on("newest", gateway, tmp_path).hostile(), 8)
         assert eventually(lambda: is_at_rest(gateway), 30)
         assert_compacted(log, window, said)
 
@@ -264,3 +272,26 @@ def test_a_prompt_on_a_real_model(main_server: Running, tmp_path: Path) -> None:
         assert {turn["outcome"] for turn in log.ended("turn")} == {"answered"}
     finally:
         gateway.stop()
+
+
+@pytest.mark.server
+def test_a_real_conversation_that_outgrows_its_window(tmp_path: Path) -> None:
+    """The same on a real model, with as short a prompt as the client knows."""
+    window = 18_432
+    flags = (*GEMMA, "--ctx-size", str(window), "--batch-size", "512", "--alias", "gemma")
+    server = start_server(tmp_path, "main", *flags, "--slot-prompt-similarity", "0")
+    try:
+        (tmp_path / "gateway").mkdir()
+        tiers = {"main": {"url": server.url, "slots": 1}}
+        gateway = start_gateway(tmp_path / "gateway", tiers)
+        try:
+            log = Log.of(gateway)
+            client = attrs.evolve(Started.on("newest", gateway, tmp_path), more=ONE_SENTENCE)
+            paste = PASTE[: len(PASTE) // 4]
+            said = talk(client, 11, "--bare", paste=paste, seconds=PREFILL)
+            assert eventually(lambda: is_at_rest(gateway), 30)
+            assert_compacted(log, window, said)
+        finally:
+            gateway.stop()
+    finally:
+        server.stop()
