@@ -7,6 +7,8 @@ The figures are logged: ``pytest --log-cli-level=INFO`` shows them.
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -189,6 +191,26 @@ def test_a_session_from_a_hostile_home(version: str, tmp_path: Path) -> None:
             figures.info("%s:\n%s", version, session.screen)
         assert_on_the_gateway(log, asked)
         client.assert_unchanged()
+
+
+def test_a_gateway_that_is_down_is_started(tmp_path: Path) -> None:
+    """At a terminal, if its user wants that: a daemon, and the session begins when it is up."""
+    pid_file = tmp_path / "gateway/claudegw.pid"
+    with house(seven, tmp_path / "gateway") as (_, gateway):
+        client = Started.on("newest", gateway, tmp_path)
+        gateway.stop()
+        said = client.say("hello")
+        assert (said.status, said.answer) == (1, "")
+        assert "Start it first: " in said.errors
+        try:
+            with client.session(ready="Start it now?") as session:
+                session.tmux("send-keys", "Enter")
+                session.wait_for(lambda screen: "main · ready" in screen, 120)
+            assert gateway.ask("/healthz")[0] == 200
+        finally:
+            pid = int(pid_file.read_text())
+            os.kill(pid, signal.SIGTERM)
+            assert eventually(lambda: not pid_file.exists(), 60)
 
 
 # --- a conversation that outgrows its window ------------------------------------------------------
