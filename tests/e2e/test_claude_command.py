@@ -309,8 +309,8 @@ def test_a_real_conversation_that_outgrows_its_window(tmp_path: Path) -> None:
         try:
             log = Log.of(gateway)
             client = attrs.evolve(Started.on("newest", gateway, tmp_path), more=ONE_SENTENCE)
-            paste = PASTE[: len(PASTE) // 4]
-            said = talk(client, 10, "--bare", paste=paste, seconds=PREFILL)
+            paste = PASTE[: len(PASTE) * 3 // 8]
+            said = talk(client, 6, "--bare", paste=paste, seconds=PREFILL)
             assert eventually(lambda: is_at_rest(gateway), 30)
             assert_compacted(log, window, said)
         finally:
