@@ -19,6 +19,7 @@ import attrs
 import orjson
 import pytest
 
+from gateway.commands.settings import compacts_at
 from tests.e2e.clients import CLAUDEGW, VERSIONS, Client, Said, eventually
 from tests.e2e.scripted_llama import Block, Script, ScriptedLlama, Text, Thinking
 from tests.e2e.stack import GEMMA, Running, start_gateway, start_server
@@ -232,8 +233,8 @@ def talk(
     return said
 
 
-def assert_compacted(log: Log, window: int, said: Sequence[Said]) -> None:
-    """It was compacted in time and went on; all that was said would not have fit."""
+def assert_compacted(log: Log, window: int, said: Sequence[Said], outgrown: int) -> None:
+    """It was compacted in time and went on; all that was said is more than `outgrown` tokens."""
     log.show()
     assert {one.status for one in said} == {0}, said
     calls = [call for call in log.ended() if call["kind"] in ("turn", "compaction")]
@@ -241,13 +242,13 @@ def assert_compacted(log: Log, window: int, said: Sequence[Said]) -> None:
     kinds = [call["kind"] for call in calls]
     assert "compaction" in kinds
     last = len(kinds) - 1 - kinds[::-1].index("compaction")
-    assert kinds.count("turn") == len(said)
+    assert kinds.count("turn") >= len(said)  # more where an answer was cut, and resumed
     assert kinds[last + 1 :].count("turn") >= 1
     sizes = [call["input"] + call["cached"] for call in calls]
     assert max(sizes) < window
     assert sizes[last + 1] < sizes[last]
     each = sizes[1] - sizes[0]
-    assert sizes[0] + (len(said) - 1) * each > window
+    assert sizes[0] + (len(said) - 1) * each > outgrown
 
 
 def summarizes(body: Json) -> Sequence[Block]:
@@ -269,7 +270,7 @@ def test_a_conversation_that_outgrows_its_window(tmp_path: Path) -> None:
         log = Log.of(gateway)
         said = talk(Started.on("newest", gateway, tmp_path).hostile(), 8)
         assert eventually(lambda: is_at_rest(gateway), 30)
-        assert_compacted(log, window, said)
+        assert_compacted(log, window, said, window)
 
 
 # --- on real models -------------------------------------------------------------------------------
@@ -298,7 +299,7 @@ def test_a_prompt_on_a_real_model(main_server: Running, tmp_path: Path) -> None:
 
 @pytest.mark.server
 def test_a_real_conversation_that_outgrows_its_window(tmp_path: Path) -> None:
-    """The same on a real model, with as short a prompt as the client knows."""
+    """On a real model too, with as short a prompt as the client knows, it goes on."""
     window = 18_432
     flags = (*GEMMA, "--ctx-size", str(window), "--batch-size", "512", "--alias", "gemma")
     server = start_server(tmp_path, "main", *flags, "--slot-prompt-similarity", "0")
@@ -309,10 +310,10 @@ def test_a_real_conversation_that_outgrows_its_window(tmp_path: Path) -> None:
         try:
             log = Log.of(gateway)
             client = attrs.evolve(Started.on("newest", gateway, tmp_path), more=ONE_SENTENCE)
-            paste = PASTE[: len(PASTE) * 3 // 8]
-            said = talk(client, 6, "--bare", paste=paste, seconds=PREFILL)
+            paste = PASTE[: len(PASTE) // 4]
+            said = talk(client, 5, "--bare", paste=paste, seconds=PREFILL)
             assert eventually(lambda: is_at_rest(gateway), 30)
-            assert_compacted(log, window, said)
+            assert_compacted(log, window, said, 2 * compacts_at(window))
         finally:
             gateway.stop()
     finally:
