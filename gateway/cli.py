@@ -1,37 +1,26 @@
 """
 The ``claudegw`` command.
 
-``claudegw settings`` prints what Claude Code needs to work well on this gateway, with the windows
-that the running gateway measured (docs/protocol.md, "The client's settings").  ``claudegw status``
-shows what that gateway does: its models, the calls under way, those in line; with ``--last N``, the
-calls that are over, also those of a gateway that is down.  ``claudegw launchd`` prints what makes
-launchd start it.
+``claudegw claude`` starts Claude Code on the running gateway, and ``claudegw statusline`` is the
+line below its prompt.  ``claudegw settings`` prints what it, or another client, needs to work well
+on this gateway, with the windows that the running gateway measured (docs/protocol.md, "The client's
+settings").  ``claudegw status`` shows what that gateway does: its models, the calls under way,
+those in line; with ``--last N``, the calls that are over, also those of a gateway that is down.
+``claudegw launchd`` prints what makes launchd start it.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import plistlib
-import shlex
 import sys
 import time
-from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from functools import partial
-from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from rich.console import Console
+# Each command imports what it needs where it runs: the status line has 50 ms for all it does.
+if TYPE_CHECKING:
+    from argparse import ArgumentParser, Namespace
+    from collections.abc import Callable, Mapping, Sequence
 
-from gateway.commands import status_page
-from gateway.commands.last import last_calls
-from gateway.commands.running import Unusable, ask
-from gateway.commands.settings import settings, windows
-from gateway.config import Config, ConfigError, load
-from gateway.daemon.launchd import LABEL, Installation, install, launch_agent
-from gateway.policy.calls import KINDS
+    from gateway.config import Config
 
 Json = Any
 
@@ -41,7 +30,21 @@ _REFRESH: Final = 1.0
 
 def main(arguments: Sequence[str] | None = None, platform: str = sys.platform) -> int:
     """Run the command on a machine of the kind `platform`; returns its exit status."""
-    options = _parser().parse_args(arguments, Namespace(platform=platform))
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given[:1] == ["statusline"] and not {"-h", "--help"} & set(given):
+        from gateway.commands import statusline
+
+        return statusline.run(given[1:])
+
+    from argparse import Namespace
+
+    from gateway.commands.claude import split
+    from gateway.commands.running import Unusable
+    from gateway.config import ConfigError, load
+    from gateway.policy.calls import KINDS
+
+    ours, theirs = split(given)
+    options = _parser().parse_args(ours, Namespace(platform=platform, theirs=theirs))
     try:
         options.run(load(options.config, KINDS), options)
     except ConfigError as error:
@@ -55,6 +58,9 @@ def main(arguments: Sequence[str] | None = None, platform: str = sys.platform) -
 
 
 def _parser() -> ArgumentParser:
+    from argparse import ArgumentParser
+    from pathlib import Path
+
     parser = ArgumentParser(prog="claudegw", description=__doc__.split("\n\n")[1])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -64,7 +70,14 @@ def _parser() -> ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    wanted = command("settings", _settings, "print a Claude Code settings file")
+    wanted = command("claude", _claude, "start Claude Code on the running gateway")
+    wanted.usage = "claudegw claude [-h] [--config CONFIG] [--client CLIENT] [--] [ARGUMENT ...]"
+    wanted.epilog = "From the first argument that is not its own on, all of them are Claude Code's."
+    wanted.add_argument("--client", help="Claude Code's program (else CLAUDE, else the PATH's)")
+    wanted = command(
+        "settings", _settings, "print what a client needs: a Claude Code settings file"
+    )
+    wanted.add_argument("--for", dest="client", choices=("claude", "opencode", "sdk"))
     wanted.add_argument("--shell", action="store_true", help="print exports for a shell instead")
     wanted = command("status", _status, "show what the running gateway does, live")
     wanted.add_argument("--once", action="store_true", help="show it once; so does a pipe")
@@ -72,6 +85,7 @@ def _parser() -> ArgumentParser:
     wanted.add_argument(
         "--last", type=_counting, metavar="N", help="list the last N calls; the gateway may be down"
     )
+    command("statusline", _never, "print one line for Claude Code's status line")
     wanted = command("launchd", _launchd, "print a LaunchAgent that starts the gateway on a Mac")
     wanted.add_argument("--install", action="store_true", help="put it into its place instead")
     return parser
@@ -84,17 +98,56 @@ def _counting(text: str) -> int:
     return count
 
 
+def _never(*_: object) -> None:
+    """`main` runs it by itself; here it only has its help."""
+    raise AssertionError
+
+
+def _claude(config: Config, options: Namespace) -> None:
+    from gateway.commands import claude
+
+    claude.run(config, options.config, options.theirs, options.client)
+
+
 def _settings(config: Config, options: Namespace) -> None:
-    env = settings(config, windows(config))
+    import json
+
+    from gateway.commands import settings
+
+    if options.client == "sdk":
+        _export(settings.sdk(config))
+        return
+    known = settings.windows(config)
+    if options.client == "opencode":
+        print(json.dumps(settings.opencode(config, known), indent=2))
+        return
+    found = settings.settings(config, known, settings.status_line(options.config))
     if options.shell:
-        for name, value in env["env"].items():
-            print(f"export {name}={shlex.quote(value)}")
+        _export(found["env"])
     else:
-        print(json.dumps(env, indent=2))
+        print(json.dumps(found, indent=2))
+
+
+def _export(env: Mapping[str, str]) -> None:
+    import shlex
+
+    for name, value in env.items():
+        print(f"export {name}={shlex.quote(value)}")
 
 
 def _status(config: Config, options: Namespace) -> None:
+    import json
+    from contextlib import suppress
+    from functools import partial
+
+    from rich.console import Console
+
+    from gateway.commands import status_page
+    from gateway.commands.running import ask
+
     if options.last is not None:
+        from gateway.commands.last import last_calls
+
         calls = last_calls(config, options.last)
         if options.json:
             print(json.dumps(calls, indent=2))
@@ -114,6 +167,15 @@ def _status(config: Config, options: Namespace) -> None:
 
 
 def _launchd(config: Config, options: Namespace) -> None:
+    import os
+    import plistlib
+    import shlex
+    from pathlib import Path
+
+    from gateway.commands.running import Unusable
+    from gateway.config import ConfigError
+    from gateway.daemon.launchd import LABEL, Installation, install, launch_agent
+
     gateway, twistd = config.gateway, Path(sys.executable).with_name("twistd")
     path = os.environ.get("PATH", "")
     here = Installation(twistd, options.config.absolute(), Path.cwd(), path)

@@ -335,7 +335,7 @@ class Dispatch:
     def _note(
         self, record: Record, request: MessagesRequest, call: Call, route: Route, caller: Caller
     ) -> None:
-        record.kind, record.model = call.kind, request.model
+        record.kind, record.session, record.model = call.kind, call.session, request.model
         record.tier, record.rule, record.background = route.tier, route.rule, route.background
         caller.routed(route.tier, call.kind, route.degraded)
 

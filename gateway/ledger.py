@@ -47,6 +47,7 @@ class Record:
         at: when it arrived, in seconds of the epoch.
         arrived: the same on the ledger's clock, as all times here.
         kind: what it is; "" until it is understood.
+        session: Claude Code's id of the session that it belongs to, or "".
         model: the client's own name for the model.
         tier: where it went.
         rule: what sent it there.
@@ -64,6 +65,7 @@ class Record:
     at: float
     arrived: float
     kind: str = ""
+    session: str = ""
     model: str = ""
     tier: str = ""
     rule: str = ""
@@ -93,6 +95,7 @@ class Record:
             "id": self.id,
             "at": round(self.at, 3),
             "kind": self.kind,
+            "session": self.session[:80],
             "model": self.model[:80],
             "tier": self.tier,
             "rule": self.rule,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import plistlib
+import shlex
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 
 from gateway.cli import main
 from gateway.commands.running import Unusable, base_url
-from gateway.commands.settings import longest_answer, settings
+from gateway.commands.settings import longest_answer, opencode, sdk, settings, status_line
 from gateway.config import parse
 from gateway.history import FILE, Bounds, History
 from gateway.ledger import Record
@@ -107,6 +108,54 @@ def test_the_settings_are_json() -> None:
     found = settings(BOTH, {"main": 32768, "small": 4096})
     assert json.loads(json.dumps(found)) == found
     assert found["permissions"]["deny"] == ["WebSearch"]
+
+
+def test_opencode_has_the_true_windows() -> None:
+    """Each tier that is up is a model with its limits; titles and the like go to the small one."""
+    found = opencode(BOTH, {"main": 65536, "small": 16384})
+    provider = found["provider"]["claudegw"]
+    assert provider["npm"] == "@ai-sdk/openai-compatible"
+    assert provider["options"]["baseURL"] == "http://127.0.0.1:9090/v1"
+    assert provider["options"]["timeout"] is False
+    limits = {name: model["limit"] for name, model in provider["models"].items()}
+    assert limits == {
+        "claudegw-main": {"context": 65536, "output": 8192},
+        "claudegw-small": {"context": 16384, "output": longest_answer(16384)},
+    }
+    assert (found["model"], found["small_model"]) == (
+        "claudegw/claudegw-main",
+        "claudegw/claudegw-small",
+    )
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_opencode_while_small_is_down() -> None:
+    """A model that is not there is not named."""
+    found = opencode(BOTH, {"main": 65536})
+    assert list(found["provider"]["claudegw"]["models"]) == ["claudegw-main"]
+    assert found["small_model"] == "claudegw/claudegw-main"
+
+
+def test_the_sdks_have_their_own_names() -> None:
+    """Each SDK finds the gateway and something to show; the models have names."""
+    with_token = parse({"gateway": {"token": "key"}, "tier": {"main": MAIN}}, KINDS)
+    assert sdk(with_token) == {
+        "ANTHROPIC_BASE_URL": "http://127.0.0.1:9090",
+        "ANTHROPIC_AUTH_TOKEN": "key",
+        "ANTHROPIC_API_KEY": "key",
+        "OPENAI_BASE_URL": "http://127.0.0.1:9090/v1",
+        "OPENAI_API_KEY": "key",
+        "CLAUDEGW_MODEL": "claudegw-main",
+        "CLAUDEGW_SMALL_MODEL": "claudegw-main",
+    }
+    assert sdk(BOTH)["OPENAI_API_KEY"] == "none"
+
+
+def test_the_status_line_is_a_command() -> None:
+    """It runs from any folder, whatever the configuration is called."""
+    program, *rest = shlex.split(status_line(Path("my own.toml")))
+    assert Path(program).exists()
+    assert rest == ["statusline", "--config", str(Path.cwd() / "my own.toml")]
 
 
 # --- the status -----------------------------------------------------------------------------------
@@ -342,7 +391,11 @@ def test_the_settings_of_a_running_gateway(door: Door, capsys: pytest.CaptureFix
     assert '"CLAUDE_CODE_MAX_CONTEXT_TOKENS": "65536"' in capsys.readouterr().out
     assert main(["settings", "--shell", "--config", str(door.config)]) == 0
     assert "export ANTHROPIC_AUTH_TOKEN=key\n" in capsys.readouterr().out
-    assert door.asked == [("/v1/models", "key")] * 2
+    assert main(["settings", "--for", "sdk", "--config", str(door.config)]) == 0
+    assert "export OPENAI_API_KEY=key\n" in capsys.readouterr().out
+    assert main(["settings", "--for", "opencode", "--config", str(door.config)]) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == "claudegw/claudegw-main"
+    assert door.asked == [("/v1/models", "key")] * 3
 
 
 # --- launchd --------------------------------------------------------------------------------------

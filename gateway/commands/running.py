@@ -1,14 +1,16 @@
-"""The running gateway, as a command on its machine finds it and asks it."""
+"""
+The running gateway, as a command on its machine finds it and asks it.
+
+It imports next to nothing: the status line asks where the gateway is, several times a second.
+"""
 
 from __future__ import annotations
 
 import json
-from http import HTTPStatus
-from http.client import HTTPConnection, HTTPException
-from typing import Any
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any
 
-from gateway.config import Config, Gateway
+if TYPE_CHECKING:
+    from gateway.config import Config, Gateway
 
 Json = Any
 
@@ -17,13 +19,22 @@ class Unusable(Exception):
     """The command cannot do what it was asked; the message says what to do."""
 
 
+class NoGateway(Unusable):
+    """Nobody listens where the gateway should."""
+
+
 def ask(config: Config, path: str) -> Json:
     """
     What the running gateway says at `path`.
 
     Raises:
-        Unusable: there is none, or it refuses.
+        NoGateway: there is none.
+        Unusable: it refuses, or is something else.
     """
+    from http import HTTPStatus
+    from http.client import HTTPConnection, HTTPException
+    from urllib.parse import urlsplit
+
     parts = urlsplit(url_of(config.gateway))
     headers = {"x-api-key": config.gateway.token} if config.gateway.token else {}
     connection = HTTPConnection(parts.hostname or "", parts.port, timeout=30)
@@ -33,6 +44,8 @@ def ask(config: Config, path: str) -> Json:
         said = json.loads(answer.read())
         if answer.status != HTTPStatus.OK:
             raise Unusable(f"The gateway says: {said['error']['message']}")
+    except ConnectionRefusedError as error:
+        raise NoGateway(str(no_gateway(config, error))) from None
     except (OSError, HTTPException, ValueError, KeyError, TypeError) as error:
         raise no_gateway(config, error) from None
     finally:
@@ -60,6 +73,12 @@ def base_url(listen: str) -> str:
     Raises:
         Unusable: Claude Code cannot reach it, or the endpoint does not say where it is.
     """
+    host, port = address(listen)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def address(listen: str) -> tuple[str, str]:
+    """Host and port of that URL; raises Unusable."""
     kind, *parts = listen.replace("\\:", "\0").split(":")
     if kind != "tcp":
         raise Unusable(
@@ -71,4 +90,4 @@ def base_url(listen: str) -> str:
     host = named.get("interface", "").replace("\0", ":")
     if host in ("", "0.0.0.0", "::", "localhost"):  # noqa: S104  # nothing is bound here
         host = "127.0.0.1"
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return host, port

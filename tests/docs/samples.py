@@ -79,6 +79,8 @@ ELSEWHERE: Final[Mapping[str, str]] = {
     ".venv/bin/python -m docs.house": (
         "docs/test_build.py::test_the_floors_are_those_that_are_proved"
     ),
+    "claudegw claude": "e2e/test_claude_command.py::test_a_prompt",
+    "claudegw statusline": "commands/test_statusline.py::test_the_running_gateway_is_asked",
     "claudegw launchd": "test_cli.py::test_the_launch_agent_is_installed",
     "venv/bin/claudegw launchd": "test_cli.py::test_the_launch_agent_is_installed",
 }

@@ -63,6 +63,15 @@ def test_only_housekeeping_is_bounded(more: Json, kind: str, tier: str, bound: i
     assert call["background"] == (kind == "suggestion")
 
 
+def test_a_call_belongs_to_a_session() -> None:
+    """The ledger has the client's id of it, so that a status line finds its own."""
+    house = Household.built()
+    house.ask(turn(), **CLAUDE_CODE, x_claude_code_session_id="s" * 100)
+    house.ask(turn())
+    ours, theirs = house.api.dispatch.ledger.status()["calls"]
+    assert (ours["session"], theirs["session"]) == ("s" * 80, "")
+
+
 @pytest.mark.parametrize("more", [{"max_tokens": 1}, {"stop_sequences": ["</block>"]}, {}])
 def test_an_sdk_users_call_is_a_turn_on_main(more: Json) -> None:
     """Whatever it looks like: only Claude Code has side calls."""
