@@ -4,7 +4,7 @@ The ``claudegw`` command.
 ``claudegw settings`` prints what Claude Code needs to work well on this gateway, with the windows
 that the running gateway measured (docs/protocol.md, "The client's settings").  ``claudegw status``
 shows what that gateway does: its models, the calls under way, those in line.  ``claudegw launchd``
-prints what makes launchd start it.
+prints what makes launchd start it.  ``claudegw doctor`` says what keeps Claude Code from working.
 """
 
 from __future__ import annotations
@@ -40,6 +40,10 @@ _REFRESH: Final = 1.0
 def main(arguments: Sequence[str] | None = None, platform: str = sys.platform) -> int:
     """Run the command on a machine of the kind `platform`; returns its exit status."""
     options = _parser().parse_args(arguments, Namespace(platform=platform))
+    if options.run is _doctor:  # a configuration that cannot be used is what it is there for
+        from gateway.commands import doctor
+
+        return doctor.run(options.config, as_json=options.json)
     try:
         options.run(load(options.config, KINDS), options)
     except ConfigError as error:
@@ -67,9 +71,16 @@ def _parser() -> ArgumentParser:
     wanted = command("status", _status, "show what the running gateway does, live")
     wanted.add_argument("--once", action="store_true", help="show it once; so does a pipe")
     wanted.add_argument("--json", action="store_true", help="print it once, as the gateway says it")
+    wanted = command("doctor", _doctor, "say what keeps Claude Code from working, and what to do")
+    wanted.add_argument("--json", action="store_true", help="print a list of what was found")
     wanted = command("launchd", _launchd, "print a LaunchAgent that starts the gateway on a Mac")
     wanted.add_argument("--install", action="store_true", help="put it into its place instead")
     return parser
+
+
+def _doctor(*_: object) -> None:
+    """`main` runs it without a configuration."""
+    raise AssertionError
 
 
 def _settings(config: Config, options: Namespace) -> None:

@@ -72,6 +72,11 @@ def longest_answer(window: int) -> int:
     return max(1024, min(_ANSWER, (window - _RESERVE) // 4))
 
 
+def compacts_at(window: int) -> int:
+    """Tokens at which Claude Code compacts a conversation in a window of so many."""
+    return window - longest_answer(window) - _RESERVE
+
+
 def windows(config: Config) -> dict[str, int]:
     """The window of each tier, as the running gateway knows it."""
     try:
