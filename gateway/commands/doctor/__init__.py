@@ -26,5 +26,5 @@ def run(path: Path, *, as_json: bool, machine: Machine | None = None) -> int:
     if as_json:
         console.out(report.as_json(found), highlight=False)
     else:
-        console.print(report.page(found))
+        console.print(report.page(found), soft_wrap=True)  # a command stays one line
     return 0 if would_work(found) else 1

@@ -24,6 +24,7 @@ from gateway.commands.running import Unusable, url_of
 from gateway.config import MIB, Config, ConfigError, Server, Tier, load
 from gateway.llama import embedded, gguf
 from gateway.llama.command import command, option
+from gateway.llama.ram import of_command
 from gateway.policy.calls import KINDS
 from gateway.policy.routes import MODEL_PREFIX
 
@@ -318,12 +319,12 @@ def _command(
 
 def _missing(words: Sequence[str], tier: Tier, state: Path) -> tuple[str, ...]:
     """The flags that a server of ours would get, and that these words lack."""
-    if not words:
+    if not words or (tier.server is not None and tier.server.manage_flags):
         return ()
     given = list(words)
     if "gateway.llama.embedded" in given[1:3]:
         given[0] = "python"
-    ours = command(tier, Server(command=tuple(given)), state, lambda *_: 8192)
+    ours = command(tier, Server(command=tuple(given)), state, of_command)
     return tuple(ours[len(given) :])
 
 

@@ -107,9 +107,7 @@ class Machine:
         """
         Ask the server at `url`, as a tier's is written; a body is posted.
 
-        Args:
-            key: what it wants to see, if anything.
-            patience: seconds for the whole answer.
+        It gets `patience` seconds for the whole answer, and sees `key`, if there is one.
         """
         end = min(time.monotonic() + patience, self.until)
         left = end - time.monotonic()
@@ -150,7 +148,12 @@ class Machine:
             return None
         with suppress(psutil.Error, OSError):
             for each in psutil.net_connections("tcp"):
-                if each.status == psutil.CONN_LISTEN and each.laddr.port == port and each.pid:
+                if (
+                    each.laddr
+                    and each.status == psutil.CONN_LISTEN
+                    and each.laddr[1] == port
+                    and each.pid
+                ):
                     process = psutil.Process(each.pid)
                     command = tuple(without_key(process.cmdline()))
                     return Listener(process.name(), each.pid, command)

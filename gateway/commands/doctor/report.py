@@ -9,10 +9,10 @@ from typing import Final
 
 import attrs
 from rich.console import Group, RenderableType
-from rich.padding import Padding
 from rich.text import Text
 
-from gateway.commands.doctor.checks import Finding, would_work
+from gateway.commands.doctor.checks import would_work
+from gateway.commands.doctor.finding import Finding
 
 #: How each status looks; its sign says it without colour too.
 _LOOKS: Final = {
@@ -51,7 +51,7 @@ def _drawn(each: Finding) -> list[RenderableType]:
     line = Text.assemble((sign, style), f"  {name}: {_plain(each.found)}")
     if not each.remedy:
         return [line]
-    return [line, Padding(Text(f"-> {_plain(each.remedy)}"), (0, 0, 0, 11))]
+    return [line, Text(f"           -> {_plain(each.remedy)}")]
 
 
 def _sum(found: Sequence[Finding]) -> Text:
