@@ -248,7 +248,11 @@ def rounds(facts: Facts, tier: TierFacts, say: Say) -> Iterator[Finding]:
                 f" {shlex.quote(str(facts.path))}`; then mend what is said of {tier.name} above",
             )
         elif not is_right(tier.rounds):
-            yield say(grade, f"{kind}: {_WRONG[kind](tier.rounds)}", _OTHER_SERVER)
+            wrong = f"{kind}: {_WRONG[kind](tier.rounds)}"
+            if kind == "tool":  # its template was asked; whether it calls is the model's to choose
+                yield say("warning", wrong, _OTHER_MODEL)
+            else:
+                yield say(grade, wrong, _OTHER_SERVER)
         else:
             yield say("ok", kind)
 
@@ -308,6 +312,11 @@ _WRONG: Final[Mapping[str, Callable[[Rounds], str]]] = {
     "tool": lambda _: "the model was to call a tool, and did not",
     "schema": lambda _: "the answer does not fit its schema",
 }
+
+_OTHER_MODEL: Final = (
+    "Use a model that was trained to call tools, with the template of its publisher; very small ones"
+    " often do not call any"
+)
 
 _OTHER_SERVER: Final = (
     "Use a llama-server of build 11434 or newer for this tier, with its model's own template, and"

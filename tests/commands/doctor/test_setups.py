@@ -396,3 +396,11 @@ def test_a_round_trip_that_fails(world: World) -> None:
     world.says["/v1/messages"] = Reply(503, {"error": {"message": "It is down."}})
     found: list[Finding] = of(look(world), "main.round-trip")
     assert [(each.status, each.found) for each in found] == [("problem", "text: It is down.")]
+
+
+def test_a_model_that_calls_no_tool(world: World) -> None:
+    """Whether it calls one is the model's to choose: it is said, and keeps nobody from working."""
+    world.says["/v1/messages"] = Reply(200, {"content": [{"type": "text", "text": "No."}]})
+    found = of(look(world), "main.round-trip")
+    said = {each.found.partition(":")[0]: each.status for each in found}
+    assert said == {"count": "problem", "tool": "warning", "schema": "problem"}
