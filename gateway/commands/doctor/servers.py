@@ -314,8 +314,8 @@ _WRONG: Final[Mapping[str, Callable[[Rounds], str]]] = {
 }
 
 _OTHER_MODEL: Final = (
-    "Use a model that was trained to call tools, with the template of its publisher; very small ones"
-    " often do not call any"
+    "Use a model that was trained to call tools, with the template of its publisher; very small"
+    " ones often do not call any"
 )
 
 _OTHER_SERVER: Final = (
