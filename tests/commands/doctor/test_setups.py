@@ -404,3 +404,9 @@ def test_a_model_that_calls_no_tool(world: World) -> None:
     found = of(look(world), "main.round-trip")
     said = {each.found.partition(":")[0]: each.status for each in found}
     assert said == {"count": "problem", "tool": "warning", "schema": "problem"}
+
+
+def test_a_server_of_somebody_else_needs_no_folder_for_slots(world: World) -> None:
+    """A flag that would not be used is not asked for."""
+    world.unsupervised("--ctx-size", "65536")
+    assert not of(look(world), "main.flags")
