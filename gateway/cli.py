@@ -6,7 +6,8 @@ line below its prompt.  ``claudegw settings`` prints what it, or another client,
 on this gateway, with the windows that the running gateway measured (docs/protocol.md, "The client's
 settings").  ``claudegw status`` shows what that gateway does: its models, the calls under way,
 those in line; with ``--last N``, the calls that are over, also those of a gateway that is down.
-``claudegw launchd`` prints what makes launchd start it.
+``claudegw doctor`` says what keeps Claude Code from working.  ``claudegw launchd`` prints what
+makes launchd start it.
 """
 
 from __future__ import annotations
@@ -45,6 +46,10 @@ def main(arguments: Sequence[str] | None = None, platform: str = sys.platform) -
 
     ours, theirs = split(given)
     options = _parser().parse_args(ours, Namespace(platform=platform, theirs=theirs))
+    if options.command == "doctor":  # a configuration that cannot be used is what it is there for
+        from gateway.commands import doctor
+
+        return doctor.run(options.config, as_json=options.json)
     try:
         options.run(load(options.config, KINDS), options)
     except ConfigError as error:
@@ -62,7 +67,7 @@ def _parser() -> ArgumentParser:
     from pathlib import Path
 
     parser = ArgumentParser(prog="claudegw", description=__doc__.split("\n\n")[1])
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
 
     def command(name: str, run: Callable[[Config, Namespace], None], what: str) -> ArgumentParser:
         added = commands.add_parser(name, help=what)
@@ -86,6 +91,8 @@ def _parser() -> ArgumentParser:
         "--last", type=_counting, metavar="N", help="list the last N calls; the gateway may be down"
     )
     command("statusline", _never, "print one line for Claude Code's status line")
+    wanted = command("doctor", _never, "say what keeps Claude Code from working, and what to do")
+    wanted.add_argument("--json", action="store_true", help="print a list of what was found")
     wanted = command("launchd", _launchd, "print a LaunchAgent that starts the gateway on a Mac")
     wanted.add_argument("--install", action="store_true", help="put it into its place instead")
     return parser

@@ -168,6 +168,21 @@ def read(path: Path) -> Model:
         return _model(_Header(file).entries())
 
 
+def check_whole(path: Path) -> None:
+    """
+    Look whether the file at `path` holds all that its header promises, but for the last tensor.
+
+    Raises:
+        NotGguf: as `read`, or it is cut off behind its header.
+        OSError: it cannot be read.
+    """
+    with path.open("rb", buffering=1024 * 1024) as file:
+        needed = _Header(file).reach()
+        size = file.seek(0, 2)
+    if size <= needed:
+        raise NotGguf(f"it is cut off: it has {size} bytes, and needs more than {needed}")
+
+
 # --- the model of the entries ---------------------------------------------------------------------
 
 
@@ -270,6 +285,7 @@ class _Header:
     _file: BinaryIO
     _room: int = _HEADER
     _elements: int = _ELEMENTS
+    _tensors: int = 0
 
     def entries(self) -> dict[str, Any]:
         """All entries; long texts and arrays of texts are left out."""
@@ -278,7 +294,7 @@ class _Header:
         version = self._number(_U32)
         if version not in (2, 3):
             raise NotGguf(f"it is of version {version}")
-        self._number(_U64)  # of tensors
+        self._tensors = self._number(_U64)
         count = self._number(_U64)
         if count > _ENTRIES:
             raise NotGguf(f"it has {count} entries")
@@ -289,6 +305,21 @@ class _Header:
             if name and value is not None:
                 found[name] = value
         return found
+
+    def reach(self) -> int:
+        """Where in the file the last of its tensors begins; -1 without one."""
+        alignment = self.entries().get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise NotGguf(f"its alignment is {alignment!r}")
+        last = -1
+        for _ in range(self._tensors):
+            self._text()
+            self._skip(self._number(_U32) * _U64.size)
+            self._number(_U32)
+            last = max(last, self._number(_U64))
+        if last < 0:
+            return last
+        return -(-self._file.tell() // alignment) * alignment + last
 
     def _value(self, kind: int) -> Any:
         if kind == _STRING:

