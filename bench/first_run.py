@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from shlex import quote
 from typing import Final
 from urllib.request import Request, urlopen
 
@@ -27,7 +28,7 @@ HELLO: Final = {
     "max_tokens": 30,
     "messages": [{"role": "user", "content": "hello"}],
 }
-LAST_LINE: Final = "claude --settings"
+LAST_LINE: Final = "claudegw claude"
 
 
 def main() -> int:
@@ -86,7 +87,7 @@ def last_line(make: subprocess.Popen[bytes], log: Path) -> str:
 
 def ask_claude(command: str, claude: Path, env: dict[str, str]) -> str:
     """Type what `make run` said, with ``-p hello``; gives the exit status and the answer's size."""
-    line = command.replace("claude", str(claude.absolute()), 1) + " -p hello"
+    line = f"{command} --client {quote(str(claude.absolute()))} -p hello"
     done = subprocess.run(
         ["bash", "-c", line],
         env=env,

@@ -214,7 +214,7 @@ class House(MultiService):
         command = Path(sys.executable).with_name("claudegw")
         log.info(
             "every server is up; in another terminal type:\n{command}",
-            command=f'claude --settings "$({command} settings --config {quote(str(self.path))})"',
+            command=f"{quote(str(command))} claude --config {quote(str(self.path))}",
         )
 
     def _take_signals(self) -> None:

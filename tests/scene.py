@@ -206,11 +206,13 @@ class Scene:
         reactor: its clock.
         said: what it says now, as `status`.
         ended: the calls that were ended by hand.
+        heard: who would be told of each call that is over.
     """
 
     reactor: Any
     said: dict[str, Json] = attrs.field(factory=status)
     ended: list[str] = attrs.field(factory=list)
+    heard: list[Any] = attrs.field(factory=list)
     tiers: dict[str, Any] = attrs.field(factory=dict)
 
     @property

@@ -51,6 +51,11 @@ RUN: Final[Mapping[str, str]] = {
     "/opt/claudegw/bin/claudegw status": "gemma-3-270m",
     "claudegw status": "gemma-3-270m",
     "claudegw settings": "ANTHROPIC_BASE_URL",
+    "claudegw settings --for sdk": "OPENAI_BASE_URL",
+    "venv/bin/claudegw settings": "ANTHROPIC_BASE_URL",
+    "venv/bin/claudegw settings --for opencode": '"small_model"',
+    "venv/bin/claudegw doctor": "Claude Code would work",
+    "claudegw doctor": "Claude Code would work",
     'eval "$(venv/bin/claudegw settings --shell': "",
     ".venv/bin/pytest": "tests collected",
 }
@@ -79,6 +84,8 @@ ELSEWHERE: Final[Mapping[str, str]] = {
     ".venv/bin/python -m docs.house": (
         "docs/test_build.py::test_the_floors_are_those_that_are_proved"
     ),
+    ".venv/bin/claudegw claude": "e2e/test_claude_command.py::test_a_prompt",
+    "venv/bin/claudegw claude": "e2e/test_claude_command.py::test_a_prompt",
     "claudegw claude": "e2e/test_claude_command.py::test_a_prompt",
     "claudegw statusline": "commands/test_statusline.py::test_the_running_gateway_is_asked",
     "claudegw launchd": "test_cli.py::test_the_launch_agent_is_installed",

@@ -153,7 +153,7 @@ def test_make_run(stage: Stage, running: Running) -> None:
     assert eventually(lambda: "type:\n" in running.log.read_text(), PATIENCE)
     *before, last = running.log.read_text().splitlines()
     assert any(RUN["make run"] in line for line in before)
-    said = next(it.text for it in of_row("claude --settings") if it.sample.page == "README.rst")
+    said = next(it.text for it in commands() if row_of(it.text) == ".venv/bin/claudegw claude")
     whole = said.replace(".venv", sys.prefix).replace("etc/", f"{stage.folder}/etc/")
     assert last.strip() == whole
 
