@@ -50,6 +50,7 @@ RUN: Final[Mapping[str, str]] = {
     "venv/bin/claudegw status": "gemma-3-270m",
     "/opt/claudegw/bin/claudegw status": "gemma-3-270m",
     "claudegw status": "gemma-3-270m",
+    "claudegw status --last": "outcome",
     "claudegw settings": "ANTHROPIC_BASE_URL",
     "claudegw settings --for sdk": "OPENAI_BASE_URL",
     "venv/bin/claudegw settings": "ANTHROPIC_BASE_URL",
