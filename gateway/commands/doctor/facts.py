@@ -66,12 +66,13 @@ class ModelFile:
 
 @attrs.frozen
 class Folder:
-    """A folder: whether it is there, may be written to, and its mode."""
+    """A folder: whether it is there, may be written to, its mode, and whether it is one."""
 
     path: Path
     exists: bool
     writable: bool
     mode: int
+    is_folder: bool = True
 
     @classmethod
     def of(cls, path: Path) -> Folder:
@@ -80,7 +81,7 @@ class Folder:
         except OSError:
             return cls(path, exists=False, writable=False, mode=0)
         writable = path.is_dir() and os.access(path, os.W_OK | os.X_OK) and bool(mode & 0o200)
-        return cls(path, exists=True, writable=writable, mode=mode)
+        return cls(path, exists=True, writable=writable, mode=mode, is_folder=path.is_dir())
 
 
 @attrs.frozen

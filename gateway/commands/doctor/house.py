@@ -86,6 +86,12 @@ def state(facts: Facts, say: Say) -> Iterator[Finding]:
         path = shlex.quote(str(folder.path))
         if not folder.exists:
             yield say("ok", f"{folder.path} will be made at the start")
+        elif not folder.is_folder:
+            yield say(
+                "problem",
+                f"{folder.path} is no folder, and one has to be made there",
+                f"Move it away: `mv {path} {path}.old`",
+            )
         elif not folder.writable:
             yield say(
                 "problem" if folder is facts.state[0] else "warning",
@@ -136,6 +142,12 @@ def gateway(facts: Facts, say: Say) -> Iterator[Finding]:
             f"nobody listens at {facts.url}",
             f"Start the gateway: `twistd -n claudegw --config {path}`",
         )
+    elif facts.is_up and not _is_the_same(facts):
+        yield say(
+            "warning",
+            f"what runs at {facts.url} has other tiers than {facts.path}",
+            "Restart the gateway with this configuration, or name its own with --config FILE",
+        )
     elif facts.is_up:
         yield say("ok", f"claudegw {mapping(facts.status.said).get('version')} at {facts.url}")
     elif facts.status.status == 401:
@@ -151,6 +163,15 @@ def gateway(facts: Facts, say: Say) -> Iterator[Finding]:
             f"the port of {facts.url} is taken by {taker}, which is no claudegw",
             f"End it, or: {other}; then start the gateway: `twistd -n claudegw --config {path}`",
         )
+
+
+def _is_the_same(facts: Facts) -> bool:
+    """Whether the running gateway has the tiers of this configuration."""
+    running = mapping(mapping(facts.status.said).get("tiers"))
+    wanted = {tier.name: tier.config.url for tier in facts.tiers}
+    return wanted == {
+        name: mapping(tier).get("url", wanted.get(name)) for name, tier in running.items()
+    }
 
 
 def clocks(facts: Facts, say: Say) -> Iterator[Finding]:

@@ -7,9 +7,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import attrs
+
 from gateway.commands.doctor.facts import MARK, Facts, TierFacts, mapping, number
 from gateway.commands.doctor.finding import Finding, Say, Status, who
 from gateway.commands.settings import compacts_at
+from gateway.llama.command import option
 from gateway.policy.routes import MAIN
 
 Json = Any
@@ -18,6 +21,9 @@ Json = Any
 #: Tokens that Claude Code says by itself before its user says anything, and a window for work.
 _PROMPT: Final = 24_000
 _WINDOW: Final = 65_536
+
+#: States of a server of ours that is on its way.
+_COMING: Final = ("starting", "loading")
 
 #: MiB of a server that is not told how many.
 _DEFAULT_RAM: Final = 8192
@@ -33,12 +39,54 @@ _COSTS: Final[Mapping[str, str]] = {
 }
 
 
+@attrs.frozen
+class _WrongFlag:
+    """A flag that is there with a value that costs something; None is none."""
+
+    names: tuple[str, ...]
+    is_wrong: Callable[[str | None], bool]
+    cost: str
+    better: str
+
+
+_WRONG_FLAGS: Final = (
+    _WrongFlag(
+        ("--slot-prompt-similarity", "-sps"),
+        lambda value: value is not None and value.strip("0.") != "",
+        _COSTS["--slot-prompt-similarity"],
+        "0",
+    ),
+    _WrongFlag(
+        ("--cache-ram", "-cram"),
+        lambda value: value == "0",
+        "conversations that take turns are evaluated whole at each turn",
+        str(_DEFAULT_RAM),
+    ),
+    _WrongFlag(
+        ("--sleep-idle-seconds",),
+        lambda value: value not in (None, "-1"),
+        "a pause unloads the model and all that it has evaluated",
+        "-1",
+    ),
+)
+
+
 def server(facts: Facts, tier: TierFacts, say: Say) -> Iterator[Finding]:
     """Whether a llama-server answers."""
     url = tier.config.url
     build = mapping(tier.props.said).get("build_info")
-    if tier.is_llama:
+    process = mapping(tier.status.get("process"))
+    if url.rstrip("/") == facts.url:
+        yield say(
+            "problem",
+            f"{url} is the gateway itself, not a server",
+            f'Set `url = "http://127.0.0.1:{tier.free_port}"` in [tier.{tier.name}], and have the'
+            " server listen there",
+        )
+    elif tier.is_llama:
         yield say("ok", f"llama-server, build {build}, at {url}")
+    elif tier.props.status == 0 and process.get("state") in _COMING:
+        yield say("warning", f"the server at {url} is starting", "Wait, then look again")
     elif tier.is_loading:
         yield say("warning", f"the server at {url} loads its model", "Wait, then look again")
     elif tier.listener is None and tier.props.status == 0:
@@ -127,12 +175,16 @@ def window(facts: Facts, tier: TierFacts, say: Say) -> Iterator[Finding]:
         yield say("ok", f"{window} tokens a slot")
         return
     size = _WINDOW * max(tier.slots, 1)
+    remedy = _flag(tier, f"--ctx-size {size}") + ", or give Claude Code fewer tools (--tools)"
+    trained = 0 if tier.model is None or tier.model.model is None else tier.model.model.n_ctx
+    if 0 < trained <= window:  # llama-server gives a slot no more than that
+        remedy = f"Use a model that was trained with {_WINDOW} tokens; this one was with {trained}"
     does_not_fit = window < _PROMPT + 1024
     yield say(
         "problem" if does_not_fit else "warning",
         f"{window} tokens a slot; Claude Code's own prompt has {_PROMPT}"
         + ("" if does_not_fit else f", and it compacts a conversation at {max(0, at)}"),
-        _flag(tier, f"--ctx-size {size}") + ", or give Claude Code fewer tools (--tools)",
+        remedy,
     )
 
 
@@ -224,7 +276,15 @@ def flags(facts: Facts, tier: TierFacts, say: Say) -> Iterator[Finding]:
             if managed
             else _flag(tier, f"{flag} {shlex.quote(value)}"),
         )
-    if tier.command and not said and not lacks:
+    wrong = [each for each in _WRONG_FLAGS if each.is_wrong(option(tier.command, *each.names))]
+    for each in wrong:
+        given = option(tier.command, *each.names)
+        yield say(
+            "warning",
+            f"{each.names[0]} is {given}: {each.cost}",
+            _flag(tier, f"{each.names[0]} {each.better}"),
+        )
+    if tier.command and not said and not lacks and not wrong:
         yield say("ok", "those that matter are there")
 
 
@@ -247,6 +307,13 @@ def rounds(facts: Facts, tier: TierFacts, say: Say) -> Iterator[Finding]:
                 f"{kind}: {said or reply.why or f'status {reply.status}'}",
                 f"See what the gateway did: `claudegw status --once --config"
                 f" {shlex.quote(str(facts.path))}`; then mend what is said of {tier.name} above",
+            )
+        elif (went := reply.headers.get("x-claudegw-tier", tier.name)) != tier.name:
+            why = reply.headers.get("x-claudegw-degraded") or "a [[route]] says so"
+            yield say(
+                "warning",
+                f"{kind}: the call went to {went} instead ({why})",
+                f"Mend what is said of {tier.name} above, or the [[route]] that took the call",
             )
         elif not is_right(tier.rounds):
             wrong = f"{kind}: {_WRONG[kind](tier.rounds)}"

@@ -80,7 +80,95 @@ def _three_calls(world: World) -> None:
     world.config["tier.main"]["slots"] = 3
 
 
+def _no_folder(world: World) -> None:
+    (world.at / "file").write_text("")
+    world.config["gateway"]["state_dir"] = str(world.at / "file")
+
+
+def _itself(world: World) -> None:
+    world.unsupervised("--ctx-size", "65536")
+    world.config["tier.main"]["url"] = f"http://127.0.0.1:{GATEWAY}"
+
+
+def _starting(world: World) -> None:
+    world.programs.discard("llama-server")  # nothing listens yet
+    world.tier["process"] = {"state": "starting"}
+
+
+def _started(world: World) -> None:
+    world.programs.add("llama-server")
+    world.tier.clear()
+
+
+def _trained_short(world: World) -> None:
+    _size(world, "8192")
+    gguf_file(world.at / "model.gguf", context_length=8192)
+
+
+def _another_model(world: World) -> None:
+    _size(world, "65536")
+    gguf_file(world.at / "model.gguf")
+
+
 SETUPS = {
+    "a file in the place of the state folder": Setup(
+        _no_folder, "state", "problem", "is no folder", "mv "
+    ),
+    "a gateway with other tiers": Setup(
+        lambda world: world.tier.update(url="http://127.0.0.1:1"),
+        "gateway",
+        "warning",
+        "has other tiers than",
+        "Restart the gateway with this configuration",
+        lambda world: world.tier.clear(),
+    ),
+    "a tier that is the gateway itself": Setup(
+        _itself,
+        "main.server",
+        "problem",
+        "is the gateway itself",
+        'url = "http://127.0.0.1:40000"',
+    ),
+    "a server that is starting": Setup(
+        _starting, "main.server", "warning", "is starting", "Wait", _started
+    ),
+    "a model that was trained with less": Setup(
+        _trained_short,
+        "main.window",
+        "problem",
+        "8192 tokens a slot",
+        "this one was with 8192",
+        _another_model,
+    ),
+    "a similarity that takes slots over": Setup(
+        lambda world: _command(world, "--slot-prompt-similarity", "0.5"),
+        "main.flags",
+        "warning",
+        "--slot-prompt-similarity is 0.5",
+        "`--slot-prompt-similarity 0`",
+    ),
+    "no room for conversations that wait": Setup(
+        lambda world: _command(world, "--cache-ram", "0"),
+        "main.flags",
+        "warning",
+        "--cache-ram is 0",
+        "`--cache-ram 8192`",
+    ),
+    "a server that falls asleep": Setup(
+        lambda world: _command(world, "--sleep-idle-seconds", "600"),
+        "main.flags",
+        "warning",
+        "unloads the model",
+        "`--sleep-idle-seconds -1`",
+    ),
+    "a route that takes a tier's calls": Setup(
+        lambda world: setattr(world, "went", "small"),
+        "main.round-trip",
+        "warning",
+        "went to small instead",
+        "the [[route]]",
+        lambda world: setattr(world, "went", "main"),
+    ),
     "a key with a typing error": Setup(
         lambda world: world.config["gateway"].update(graze=3),
         "config",

@@ -34,7 +34,10 @@ FREE: Final = 40_000
 
 def gguf_file(path: Path, size: int = 100, **entries: Any) -> None:
     """A model's file with one tensor of `size` bytes."""
-    own = {f"glm.{name}": said for name, said in {**PLAIN, **entries}.items()}
+    own = {
+        f"glm.{name}": said
+        for name, said in {**PLAIN, "context_length": 131_072, **entries}.items()
+    }
     tensor = text("weights") + (1).to_bytes(4, "little") + (25).to_bytes(8, "little")
     raw = header(general__architecture="glm", **own) + tensor + bytes(4 + 8)
     path.write_bytes(raw + bytes(-len(raw) % 32) + bytes(size))
@@ -57,6 +60,8 @@ class World(Machine):
         miscounts: tokens by which counts are wrong.
         token: what the running gateway wants to see.
         says: what servers and models say instead, by path.
+        tier: what the gateway says of its main tier.
+        went: the tier that answers a call.
         room: bytes free on the disk.
     """
 
@@ -72,6 +77,8 @@ class World(Machine):
     miscounts: int = 0
     token: str | None = None
     says: dict[str, Reply] = attrs.field(factory=dict)
+    tier: dict[str, Json] = attrs.field(factory=dict)
+    went: str = "main"
     room: int = 10**12
     client: str = "2.1.330 (Claude Code)"
 
@@ -203,14 +210,19 @@ class World(Machine):
 
     def _gateway(self, path: str, body: Json) -> Reply:
         if path == "/status":
-            return Reply(200, {"version": "1", "tiers": {"main": {"running": 0, "cache": {}}}})
+            return Reply(
+                200, {"version": "1", "tiers": {"main": {"running": 0, "cache": {}, **self.tier}}}
+            )
         if path == "/v1/messages/count_tokens":
             return Reply(200, {"input_tokens": 12 + self.miscounts})
+        if path != "/v1/messages":
+            return Reply(404, {"error": {"message": f"There is no {path} here."}})
         content: Json = {"type": "text", "text": '{"ok": true}'}
         if "tools" in body:
             content = {"type": "tool_use", "name": "look", "input": {}}
         usage = {"input_tokens": 10, "cache_read_input_tokens": 2, "output_tokens": 3}
-        return Reply(200, {"content": [content], "usage": usage})
+        said = {"content": [content], "usage": usage}
+        return Reply(200, said, headers={"x-claudegw-tier": self.went})
 
 
 # --- one who follows ------------------------------------------------------------------------------
@@ -273,7 +285,7 @@ def _run(words: list[str], world: World) -> None:
             world.programs.add("claude")
         case ["claude", "update"]:
             world.client = "2.1.331 (Claude Code)"
-        case ["chmod" | "cp", *_]:
+        case ["chmod" | "cp" | "mv", *_]:
             subprocess.run(words, check=True, cwd=ROOT)
         case _:
             raise AssertionError(words)
