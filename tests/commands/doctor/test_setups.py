@@ -509,3 +509,12 @@ def test_a_server_of_another_kind_is_asked_through_the_gateway(world: World) -> 
     assert {each.check for each in found} == {"main.round-trip"}
     assert [each.found for each in found if each.status == "warning"] == ["count: It cannot."]
     assert would_work(found)
+
+
+def test_a_flag_is_wrong_or_missing_and_never_both(world: World) -> None:
+    """One that is not there has no wrong value; where one is wrong, not all is well."""
+    world.config["tier.main.server"]["manage_flags"] = False
+    assert not [each for each in of(look(world), "main.flags") if " is None" in each.found]
+    del world.config["tier.main.server"]["manage_flags"]
+    _command(world, "--cache-ram", "0")
+    assert [each.status for each in look(world) if each.check == "main.flags"] == ["warning"]
