@@ -276,13 +276,13 @@ def flags(facts: Facts, tier: TierFacts, say: Say) -> Iterator[Finding]:
             if managed
             else _flag(tier, f"{flag} {shlex.quote(value)}"),
         )
-    wrong = [each for each in _WRONG_FLAGS if each.is_wrong(option(tier.command, *each.names))]
-    for each in wrong:
-        given = option(tier.command, *each.names)
+    wrong = [bad for bad in _WRONG_FLAGS if bad.is_wrong(option(tier.command, *bad.names))]
+    for bad in wrong:
+        given = option(tier.command, *bad.names)
         yield say(
             "warning",
-            f"{each.names[0]} is {given}: {each.cost}",
-            _flag(tier, f"{each.names[0]} {each.better}"),
+            f"{bad.names[0]} is {given}: {bad.cost}",
+            _flag(tier, f"{bad.names[0]} {bad.better}"),
         )
     if tier.command and not said and not lacks and not wrong:
         yield say("ok", "those that matter are there")
