@@ -1,9 +1,9 @@
 """
 A llama-server without a model, as fast as a socket: what the gateway is measured against.
 
-It speaks as llama-server does wherever the gateway listens.  The last message of a call says, in
-its last words, what is to happen (`ORDERS`).  ``GET /journal`` tells what became of each call, in
-seconds of the clock that all processes of this machine share.
+It speaks as llama-server does wherever the gateway listens, in the words of either API.  The last
+message of a call says, in its last words, what is to happen (`ORDERS`).  ``GET /journal`` tells
+what became of each call, in seconds of the clock that all processes of this machine share.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -130,12 +129,13 @@ class Stream:
 
     request: Request
     entry: Entry
+    api: Api
     _more: Callable[[], None] | None = None
 
     def begin(self) -> None:
         """Status, headers and the first events."""
         self.status()
-        self.write(chunk(_START))
+        self.write(self.api.start)
 
     def status(self) -> None:
         """Status and headers, and no event yet."""
@@ -150,13 +150,13 @@ class Stream:
 
     def end(self) -> None:
         """The events that end an answer, and the end of the body."""
-        self.write(chunk(_END))
+        self.write(self.api.end)
         self.entry.ended = True
         self.request.finish()
 
     def flood(self, size: int) -> None:
         """At least `size` bytes, as fast as they are taken."""
-        block = events(_BLOCK, _TEXT)
+        block = self.api.events(_BLOCK, _TEXT)
 
         def more() -> None:
             while not self.entry.paused and self.entry.accepted < size:
@@ -182,7 +182,7 @@ class Stream:
                 self.end()
                 return
             left -= 1
-            self.write(delta(f"{time.monotonic():.7f}"))
+            self.write(self.api.delta(f"{time.monotonic():.7f}"))
 
         loop = LoopingCall(drop)
         self.request.notifyFinish().addErrback(lambda _: loop.stop())
@@ -215,7 +215,9 @@ class Llama(Resource):
         raw = request.content.read()
         match request.path.decode():
             case "/v1/messages":
-                return self.message(request, orjson.loads(raw))
+                return self.message(request, orjson.loads(raw), MESSAGES)
+            case "/v1/chat/completions":
+                return self.message(request, orjson.loads(raw), CHAT)
             case "/health":
                 return b'{"status":"ok"}'
             case "/props":
@@ -235,14 +237,14 @@ class Llama(Resource):
                 request.setResponseCode(404)
                 return b'{"error":{"code":404,"message":"File Not Found","type":"not_found_error"}}'
 
-    def message(self, request: Request, body: Mapping[str, Json]) -> int:
+    def message(self, request: Request, body: Mapping[str, Json], api: Api) -> int:
         """Do what the prompt says."""
         name, number = ordered(body)
         overlapped = any(other.works for other in self.calls)
         entry = Entry(f"{name} {number}".strip(), overlapped)
         self.calls.append(entry)
         request.notifyFinish().addErrback(lambda _: setattr(entry, "left", time.monotonic()))
-        stream = Stream(request, entry)
+        stream = Stream(request, entry, api)
         match name:
             case "silence":
                 pass
@@ -256,14 +258,14 @@ class Llama(Resource):
                 stream.drip(0.004, int(number))
             case "burst":
                 stream.begin()
-                stream.write(events(int(number)))
+                stream.write(api.events(int(number)))
                 stream.end()
             case "flood":
                 stream.begin()
                 stream.flood(int(number))
             case _:
                 stream.begin()
-                stream.write(delta("Hello"))
+                stream.write(api.delta("Hello"))
                 stream.end()
         return NOT_DONE_YET
 
@@ -286,20 +288,43 @@ def chunk(data: bytes) -> bytes:
 
 
 def event(body: Mapping[str, Json]) -> bytes:
-    """One event."""
+    """One event of the Messages API."""
     return b"event: %b\ndata: %b\n\n" % (body["type"].encode(), orjson.dumps(body))
 
 
-def delta(text: str) -> bytes:
-    """One chunk with one event of the answer's text."""
-    said = {"type": "text_delta", "text": text}
-    return chunk(event({"type": "content_block_delta", "index": 0, "delta": said}))
+def chat(delta: Mapping[str, Json], **more: Json) -> bytes:
+    """One event of the chat API."""
+    choice = {"index": 0, "delta": delta, **more}
+    return b"data: %b\n\n" % orjson.dumps({"id": "chatcmpl-fast", "choices": [choice]})
 
 
-@lru_cache
-def events(count: int, text: str = "token") -> bytes:
-    """So many chunks, each with one event."""
-    return delta(text) * count
+def said(text: str) -> bytes:
+    """A part of the answer's text, as the Messages API has it."""
+    delta = {"type": "text_delta", "text": text}
+    return event({"type": "content_block_delta", "index": 0, "delta": delta})
+
+
+@attrs.frozen
+class Api:
+    """
+    The bytes of a stream.
+
+    Attributes:
+        start: the chunk of what comes before the answer's text.
+        end: the chunk of what comes after it.
+    """
+
+    start: bytes = attrs.field(converter=chunk)
+    end: bytes = attrs.field(converter=chunk)
+    _said: Callable[[str], bytes]
+
+    def delta(self, text: str) -> bytes:
+        """One chunk with one event of the answer's text."""
+        return chunk(self._said(text))
+
+    def events(self, count: int, text: str = "token") -> bytes:
+        """So many chunks, each with one event."""
+        return self.delta(text) * count
 
 
 _MESSAGE: Final[Json] = {
@@ -312,14 +337,24 @@ _MESSAGE: Final[Json] = {
     "stop_sequence": None,
     "usage": {"cache_read_input_tokens": 0, "input_tokens": 10, "output_tokens": 0},
 }
+_USAGE: Final = {"prompt_tokens": 10, "completion_tokens": 1, "total_tokens": 11}
 _STOP: Final = {"stop_reason": "end_turn", "stop_sequence": None}
-_START: Final = event({"type": "message_start", "message": _MESSAGE}) + event(
-    {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}
-)
-_END: Final = (
+MESSAGES: Final = Api(
+    event({"type": "message_start", "message": _MESSAGE})
+    + event(
+        {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}
+    ),
     event({"type": "content_block_stop", "index": 0})
     + event({"type": "message_delta", "delta": _STOP, "usage": {"output_tokens": 1}})
-    + event({"type": "message_stop"})
+    + event({"type": "message_stop"}),
+    said,
+)
+CHAT: Final = Api(
+    chat({"role": "assistant", "content": None}),
+    chat({}, finish_reason="stop")
+    + b"data: %b\n\n" % orjson.dumps({"choices": [], "usage": _USAGE})
+    + b"data: [DONE]\n\n",
+    lambda text: chat({"content": text}),
 )
 
 

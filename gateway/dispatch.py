@@ -24,6 +24,7 @@ from gateway.ledger import ENDED_BY_HAND, Ledger, Record
 from gateway.policy import calls, order, patience, prefix, routes, schema, tools
 from gateway.policy.calls import Call
 from gateway.policy.routes import Route
+from gateway.policy.schema import Form
 from gateway.tier import answer, embeddings
 from gateway.tier.answer import Client, Teller
 from gateway.tier.ended import Ended
@@ -33,7 +34,7 @@ from gateway.upstream import Lost
 from gateway.wire import openai
 from gateway.wire import request as wire
 from gateway.wire.dialect import MESSAGES, Dialect
-from gateway.wire.errors import Unavailable, down, invalid, prompt_too_long, unavailable
+from gateway.wire.errors import ApiError, Unavailable, down, invalid, prompt_too_long, unavailable
 from gateway.wire.events import Repair, Truncated
 from gateway.wire.pulse import Times
 from gateway.wire.request import MessagesRequest
@@ -72,6 +73,7 @@ class _Prepared:
 
     Attributes:
         tokens: of its prompt; None where they were not counted.
+        form: what its answer is held to, where the gateway does that.
         check: raises ApiError if it is too late for it, when its turn comes.
     """
 
@@ -82,6 +84,7 @@ class _Prepared:
     body: dict[str, Json]
     tokens: int | None
     record: Record
+    form: Form | None = None
     check: Callable[[], None] = lambda: None
 
 
@@ -252,25 +255,29 @@ class Dispatch:
         The tokens that a call with this body would have as its prompt, on the tier it would go to.
 
         Raises:
-            ApiError: the body is wrong, or the server is down.
+            ApiError: the body is wrong, or the server is down; 404, it counts no tokens.
         """
         with self.ledger.call(caller.request_id) as record:
             request = wire.parse(raw, counting=True)
             record.kind, record.model = "count", request.model
             lost = 0
-            while record.usage.input is None:
+            while True:
                 request, call, wanted = self._understand(request, headers)
                 tier, body, route = await self._place(request, call, wanted)
                 record.tier, record.rule = route.tier, route.rule
                 caller.routed(route.tier, "count", route.degraded)
                 try:
-                    record.usage.input = await tier.counter.count(body)
+                    tokens = await tier.counter.count(body)
                 except Unavailable:
                     lost += 1
                     if lost > tier.config.resends:
                         raise
                     tier.lost()
-            return record.usage.input
+                else:
+                    if tokens is None:
+                        raise _counts_none(tier)
+                    record.usage.input = tokens
+                    return tokens
 
     def end(self, call: str) -> bool:
         """
@@ -322,12 +329,14 @@ class Dispatch:
         """Decide all that can be decided, and refuse what can be refused, before the line."""
         request, call, route = self._understand(request, headers)
         self._note(record, request, call, route, caller)
+        form = _form(request, self.tiers[route.tier])  # its refusal waits for no server that loads
         tier, body, route = await self._place(request, call, route)
         self._note(record, request, call, route, caller)
         if _is_bounded(call, route, tier):
             body["max_tokens"] = min(request.max_tokens, tier.config.answer_tokens)
         body["max_tokens"], tokens = await self._room(body, tier)
-        ready = _Prepared(request, call, route, tier, body, tokens, record)
+        form = form or _form(request, tier)
+        ready = _Prepared(request, call, route, tier, body, tokens, record, form)
         if call.kind == "classifier" and route.tier == routes.MAIN and tier.remote is None:
             return attrs.evolve(ready, check=await self._in_time(ready, headers))
         return ready
@@ -357,7 +366,7 @@ class Dispatch:
         window = (await tier.props()).n_ctx
         bound = tier.config.answer_tokens
         room = window - min(request.max_tokens or bound, bound)
-        tokens = None if _at_most(body) < room else await tier.count(body)
+        tokens = None if _at_most(body) < room else await tier.counter.count(body)
         if tokens is None or tokens < room:
             return tier, body, route
         main = self.tiers[routes.MAIN]
@@ -408,7 +417,7 @@ class Dispatch:
         window = (await tier.props()).n_ctx
         if _at_most(body) + (wanted if tier.remote is not None else 0) < window:
             return min(wanted, window), None
-        tokens = await tier.count(body)
+        tokens = await tier.counter.count(body)
         if tokens is None:
             return min(wanted, window) if wanted < openai.AS_MANY_AS_FIT else window // 2, None
         if tokens >= window:
@@ -424,6 +433,7 @@ class Dispatch:
         """
         pace, body, record = ready.tier.pace, ready.body, ready.record
         tokens = await ready.tier.counter.count(body)
+        assert tokens is not None  # a llama-server counts
         output = patience.verdict_tokens(body["max_tokens"])
         limit = patience.client_waits(headers)
 
@@ -441,37 +451,46 @@ class Dispatch:
     def _asking(
         self, ready: _Prepared, ticket: Ticket, headers: Mapping[str, str], repair: Repair
     ) -> answer.Ask:
-        """
-        How the answer of `ready` is asked for, once somebody says how it is to be told.
-
-        Raises:
-            ApiError: 400, no answer can be held to its schema.
-        """
+        """How the answer of `ready` is asked for, once somebody says how it is to be told."""
 
         def started() -> None:
             self.ledger.started(ready.record)
             ready.check()
 
         how: Any = {"ticket": ticket, "started": started}
-        wanted = ready.request.schema
         if ready.tier.remote is not None:  # which is told of a schema itself
             how["headers"] = headers
             return partial(answer.from_model, ready.tier, ready.body, repair, **how)
-        if wanted is None:
+        if ready.form is None:
             return partial(answer.from_model, ready.tier, ready.body, repair, **how)
         tokens = ready.body["max_tokens"]
         if _is_bounded(ready.call, ready.route, ready.tier):
             tokens = min(tokens, ready.tier.config.schema_tokens)
         is_bound = _meant(ready.request, ready.call).is_bound
         under = answer.under_schema if is_bound else answer.words_under_schema
-        form = schema.read(wanted)
-        return partial(under, ready.tier, ready.body, form, repair, tokens=tokens, **how)
+        return partial(under, ready.tier, ready.body, ready.form, repair, tokens=tokens, **how)
 
 
 def _check_takes_bare(tier: Tier) -> None:
     """Raise ApiError, 400, if only conversations can be sent to the server of `tier`."""
     if tier.llama is None:
         raise invalid(f"The server of tier {tier.name!r} is no llama-server: it takes chats only.")
+
+
+def _counts_none(tier: Tier) -> ApiError:
+    return ApiError("not_found_error", f"The server of tier {tier.name!r} counts no tokens.")
+
+
+def _form(request: MessagesRequest, tier: Tier) -> Form | None:
+    """
+    What an answer of `tier` is held to; None where nothing is asked, or its server sees to it.
+
+    Raises:
+        ApiError: 400, no answer can be held to it.
+    """
+    if request.schema is None or tier.remote is not None:
+        return None
+    return schema.read(request.schema)
 
 
 def _meant(request: MessagesRequest, call: Call) -> MessagesRequest:

@@ -135,8 +135,8 @@ class Server(Protocol):
     async def busy_slots(self) -> int:
         """How many calls it works on, as far as that can be asked."""
 
-    async def count_body(self, body: Mapping[str, Json]) -> int:
-        """The tokens of the prompt of a prepared body.  Raises ApiError: 404 where it cannot."""
+    async def count_body(self, body: Mapping[str, Json]) -> int | None:
+        """The tokens of the prompt of a prepared body; None where it counts none."""
 
     async def messages(
         self, body: Mapping[str, Json], headers: Mapping[str, str] | None = None

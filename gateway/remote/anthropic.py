@@ -54,13 +54,9 @@ class Anthropic:
             body["model"] = self._place.config.model
         return body
 
-    async def count_body(self, body: Mapping[str, Json]) -> int:
+    async def count_body(self, body: Mapping[str, Json]) -> int | None:
         asked = {name: body[name] for name in body if name not in ("max_tokens", "stream")}
-        path = "/v1/messages/count_tokens"
-        tokens = await self._place.count(path, asked, "input_tokens")
-        if tokens is None:
-            raise self._place.uncounted()
-        return tokens
+        return await self._place.count("/v1/messages/count_tokens", asked, "input_tokens")
 
     async def messages(
         self, body: Mapping[str, Json], headers: Mapping[str, str] | None = None

@@ -70,16 +70,13 @@ class OpenAI:
         said = chat.request(body, strict=self._place.config.strict)
         return {"model": body["model"], **said}
 
-    async def count_body(self, body: Mapping[str, Json]) -> int:
+    async def count_body(self, body: Mapping[str, Json]) -> int | None:
         said = self._asked({"max_tokens": 1, **body})
         asked: dict[str, Json] = {name: said[name] for name in _COUNTED if name in said}
         # The first is llama-server's, the second vLLM's.
-        tokens = await self._place.count(
+        return await self._place.count(
             "/v1/chat/completions/input_tokens", asked, "input_tokens"
         ) or await self._place.count("/tokenize", asked, "count")
-        if tokens is None:
-            raise self._place.uncounted()
-        return tokens
 
     async def messages(
         self,

@@ -142,10 +142,6 @@ class Place:
         found = said.get(key) if isinstance(said, dict) else None
         return found if isinstance(found, int) else None
 
-    def uncounted(self) -> ApiError:
-        """It cannot count."""
-        return ApiError("not_found_error", f"The server of tier {self.tier!r} counts no tokens.")
-
 
 def _refusal(tier: str, answer: Answer, body: bytes) -> ApiError:
     return refusals.read(answer.status, body, answer.header, tier)

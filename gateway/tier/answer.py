@@ -86,8 +86,8 @@ class Teller(Protocol):
         """Whether the answer can be told from its beginning once more; if so, it will be."""
 
 
-#: Counts the tokens of a call's prompt.
-Count = Callable[[], Awaitable[int]]
+#: Counts the tokens of a call's prompt; None where nobody can.
+Count = Callable[[], Awaitable[int | None]]
 
 #: Asks for an answer, once it is known how it is to be told.
 Ask = Callable[[Teller], Awaitable[None]]
@@ -429,7 +429,7 @@ class Streamed:
         tokens = 0
         if self._count is not None:
             with suppress(ApiError):
-                tokens = await self._count()
+                tokens = await self._count() or 0
         self.tell(self._repair.start(tokens))
 
 

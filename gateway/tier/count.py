@@ -42,9 +42,9 @@ class Counter:
         factory=lambda: DeferredSemaphore(_AT_ONCE), init=False
     )
 
-    async def count(self, body: Mapping[str, Json]) -> int:
+    async def count(self, body: Mapping[str, Json]) -> int | None:
         """
-        The tokens of the prompt that `body`, a prepared one, renders to.
+        The tokens of the prompt that `body`, a prepared one, renders to; None where nobody can say.
 
         Raises:
             ApiError: the server is down, or cannot render it.
@@ -56,6 +56,8 @@ class Counter:
             return self._known[key]
         async with self._turnstile:
             tokens = await self.client.count_body(body)
+        if tokens is None:
+            return None
         self._known[key] = tokens
         if len(self._known) > _REMEMBERED:
             self._known.popitem(last=False)

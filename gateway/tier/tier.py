@@ -379,20 +379,6 @@ class Tier:
             return error
         return None
 
-    async def count(self, body: Mapping[str, Json]) -> int | None:
-        """
-        The tokens of a prepared body's prompt; None where its server counts none.
-
-        Raises:
-            ApiError: the server is down, or cannot render it.
-        """
-        try:
-            return await self.counter.count(body)
-        except ApiError as error:
-            if self.remote is not None and error.kind == "not_found_error":
-                return None
-            raise
-
     async def template(self) -> Template:
         """
         The chat template of the server.

@@ -4,7 +4,8 @@ A llama-server whose model is a script.
 It speaks as build 11434 of llama.cpp's server does, with what is wrong in it: the status of a
 stream goes out when the slot starts on the prompt, comments keep it alive, ``message_start`` comes
 with the first token, blocks are closed only at the very end, a ``tool_use`` starts without its
-input, ids are of its own kind, and the connection is closed after each stream.
+input, ids are of its own kind, and the connection is closed after each stream.  A chat call is read
+as the Messages call that it is, so that scripts know one API alone.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any, ClassVar, Final
 import attrs
 import orjson
 
+from gateway.wire import openai
 from tests.schemas import Plain, Speaker
 
 Json = Any
@@ -55,7 +57,7 @@ class ToolUse:
 
 Block = Text | Thinking | ToolUse
 
-#: What the model answers to a body of ``/v1/messages``.
+#: What the model answers to a body of ``/v1/messages``, or to a chat call as such a body.
 Script = Callable[[Json], Sequence[Block]]
 
 
@@ -75,8 +77,8 @@ class ScriptedLlama:
         prefill: seconds that every prompt takes.
         pace: seconds that every token takes.
         port: where it listens; 0 is a free one.
-        asked: every body of ``/v1/messages`` and ``/completion``, in the order in which the slot
-            took them.
+        asked: every body of ``/v1/messages``, ``/completion`` and chat calls, in the order in which
+            the slot took them.
         most_at_once: completions that were ever open at once, those that wait for the slot too.
     """
 
@@ -175,6 +177,9 @@ class _Door(BaseHTTPRequestHandler):
                         "is_sleeping": False,
                     }
                 )
+            case "/v1/models":
+                meta = {"n_ctx": llama.n_ctx}
+                self._json({"data": [{"id": "scripted", "object": "model", "meta": meta}]})
             case "/slots":
                 slot = {"id": 0, "n_ctx": llama.n_ctx, "is_processing": llama.processing}
                 self._json([slot])
@@ -182,7 +187,8 @@ class _Door(BaseHTTPRequestHandler):
                 self._refuse(404, "not_found_error", "File Not Found")
 
     def do_POST(self) -> None:
-        body = orjson.loads(self.rfile.read(int(self.headers["content-length"])))
+        raw = self.rfile.read(int(self.headers["content-length"]))
+        body = orjson.loads(raw)
         match self.path.partition("?")[0]:
             case "/apply-template":
                 self._json({"prompt": rendered(body)})
@@ -195,7 +201,13 @@ class _Door(BaseHTTPRequestHandler):
                 self._json({"input_tokens": tokens(rendered(body))})
             case "/v1/messages":
                 with self.llama.slot(body):
-                    self._answer(body)
+                    self._answer(body, events)
+            case "/v1/chat/completions/input_tokens":
+                self._json({"input_tokens": tokens(rendered(_read(raw)))})
+            case "/v1/chat/completions":
+                body = _read(raw)
+                with self.llama.slot(body):
+                    self._answer(body, chunks)
             case _:
                 self._refuse(404, "not_found_error", "File Not Found")
 
@@ -218,7 +230,7 @@ class _Door(BaseHTTPRequestHandler):
 
     # --- a stream ---------------------------------------------------------------------------------
 
-    def _answer(self, body: Json) -> None:
+    def _answer(self, body: Json, told: Callable[[Sequence[Block], int], Iterator[bytes]]) -> None:
         size = tokens(rendered(body))
         if size >= self.llama.n_ctx:
             message = f"request ({size} tokens) exceeds the available context size"
@@ -233,13 +245,10 @@ class _Door(BaseHTTPRequestHandler):
         self.end_headers()
         self._chunk(b":\n\n")
         time.sleep(self.llama.prefill)
-        for event in events(self.llama.script(body), size):
-            self._event(event)
+        for event in told(self.llama.script(body), size):
+            self._chunk(event)
             time.sleep(self.llama.pace)
         self._chunk(b"")
-
-    def _event(self, event: Json) -> None:
-        self._chunk(b"event: %b\ndata: %b\n\n" % (event["type"].encode(), orjson.dumps(event)))
 
     def _chunk(self, data: bytes) -> None:
         self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
@@ -258,8 +267,52 @@ def tokens(text: str) -> int:
     return -(-len(text) // CHARACTERS)
 
 
-def events(blocks: Sequence[Block], prompt: int) -> Iterator[Json]:
+def _read(raw: bytes) -> Json:
+    """A chat call as a Messages call."""
+    return openai.read_chat(raw, created=0)[0].body
+
+
+def events(blocks: Sequence[Block], prompt: int) -> Iterator[bytes]:
     """The events of one answer to a prompt of so many tokens."""
+    for event in _events(blocks, prompt):
+        yield b"event: %b\ndata: %b\n\n" % (event["type"].encode(), orjson.dumps(event))
+
+
+def chunks(blocks: Sequence[Block], prompt: int) -> Iterator[bytes]:
+    """The same answer as chunks of a chat."""
+    for chunk in _chunks(blocks, prompt):
+        yield b"data: %b\n\n" % orjson.dumps({"object": "chat.completion.chunk", **chunk})
+    yield b"data: [DONE]\n\n"
+
+
+def _chunks(blocks: Sequence[Block], prompt: int) -> Iterator[Json]:
+    said: list[Json] = [{"role": "assistant", "content": None}]
+    calls = generated = 0
+    for block in blocks:
+        opened, deltas = _said(block)
+        if isinstance(block, ToolUse):
+            function = {"name": block.name, "arguments": ""}
+            call = {"index": calls, "id": opened["id"], "type": "function", "function": function}
+            said.append({"tool_calls": [call]})
+            calls += 1
+        generated += len(deltas)
+        for delta in deltas:
+            match delta:
+                case {"text": text}:
+                    said.append({"content": text})
+                case {"thinking": text}:
+                    said.append({"reasoning_content": text})
+                case {"partial_json": text}:
+                    part = {"index": calls - 1, "function": {"arguments": text}}
+                    said.append({"tool_calls": [part]})
+    for delta in said:
+        yield {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
+    why = "tool_calls" if calls else "stop"
+    yield {"choices": [{"index": 0, "delta": {}, "finish_reason": why}]}
+    yield {"choices": [], "usage": {"prompt_tokens": prompt, "completion_tokens": generated}}
+
+
+def _events(blocks: Sequence[Block], prompt: int) -> Iterator[Json]:
     message: Json = {
         "id": f"chatcmpl-{random_id()}",
         "type": "message",

@@ -213,7 +213,7 @@ def runs_a_command(body: Json) -> Sequence[Block]:
     return [Thinking("A command will tell."), Text("I run it."), ToolUse("Bash", command)]
 
 
-@pytest.mark.parametrize("kind", ["llama-server", "anthropic"])
+@pytest.mark.parametrize("kind", TIER_KINDS)
 @both_versions
 def test_a_tool_call_and_its_result(version: str, kind: str, tmp_path: Path) -> None:
     """A tool call reaches the client, its result comes back in the next turn, then the answer."""

@@ -15,16 +15,14 @@ import pytest
 
 from bench.fast_llama import FastLlama
 from bench.streams import OFFERED, STAGES, Client, call, resident, seen_leaving, stands_still, until
-from tests.e2e.stack import Running, start_gateway
+from tests.e2e.stack import TIER_KINDS, Running, start_gateway
 
 #: Megabytes by which the gateway may grow while a client does not read; it is offered 400.
 FLAT = 30
 
 
-#: On a tier of either kind that such a server can be.
-on_both_kinds = pytest.mark.parametrize(
-    "kind", ["llama-server", "anthropic"], indirect=True, scope="module"
-)
+#: On a tier of each kind that such a server can be.
+on_each_kind = pytest.mark.parametrize("kind", TIER_KINDS, indirect=True, scope="module")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +62,7 @@ def outcome(gateway: Running) -> str:
     return last[0]["outcome"]
 
 
-@on_both_kinds
+@on_each_kind
 @pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
 @pytest.mark.parametrize("order", ["silence", "prefill", "drip"])
 def test_a_client_that_leaves_stops_the_upstream(
@@ -83,7 +81,7 @@ def test_a_client_that_leaves_stops_the_upstream(
     assert_all_is_well(gateway)
 
 
-@on_both_kinds
+@on_each_kind
 def test_a_client_that_leaves_the_line_is_never_heard_of_upstream(
     llama: FastLlama, gateway: Running
 ) -> None:
@@ -116,7 +114,7 @@ def test_a_permit_waits_for_the_slot(llama: FastLlama, gateway: Running) -> None
     assert_all_is_well(gateway)
 
 
-@on_both_kinds
+@on_each_kind
 def test_a_client_that_does_not_read_costs_nothing(llama: FastLlama, gateway: Running) -> None:
     """The upstream is paused while the client does not read, and the gateway does not grow."""
     number, before = len(llama.journal()), resident(gateway.process.pid)
@@ -132,7 +130,7 @@ def test_a_client_that_does_not_read_costs_nothing(llama: FastLlama, gateway: Ru
     assert_all_is_well(gateway)
 
 
-@on_both_kinds
+@on_each_kind
 def test_a_client_that_reads_again_gets_the_rest(llama: FastLlama, gateway: Running) -> None:
     """A client that did not read for a while misses nothing."""
     number, offered = len(llama.journal()), 60_000_000

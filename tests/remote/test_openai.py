@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+import attrs
 import orjson
 import pytest
 
-from tests.house import CLAUDE_CODE, turn
+from tests.house import CLAUDE_CODE, Household, turn
 from tests.remote.scene import Scene
+from tests.web.test_kinds import VERDICT
 
 Json = Any
 
@@ -200,6 +202,23 @@ def test_a_schema_goes_along(tools: Json) -> None:
     }
 
 
+def test_a_schema_is_held_here_where_main_stands_in() -> None:
+    """The server that would have been told of it is gone, and main's is a llama-server."""
+    house, scene = Household.built(), Scene.of("openai", URL)
+    house.api.dispatch = attrs.evolve(
+        house.api.dispatch, tiers={**house.api.dispatch.tiers, "small": scene.tier}
+    )
+    house.main.completions = ['{"ok": true}']
+    scene.there.gone = True
+    wanted = {"format": {"type": "json_schema", "schema": VERDICT}}
+    system = "You are evaluating a hook in Claude Code."
+    browser = house.ask(turn(system=system, output_config=wanted), **CLAUDE_CODE)
+    for each in (scene.house, house) * 2:
+        each.settle()
+    assert browser.json["content"] == [{"type": "text", "text": '{"ok": true}'}]
+    assert browser.headers["x-claudegw-tier"] == "main"
+
+
 def test_blocks_of_words_do_not_run_into_each_other() -> None:
     """Where nothing stands between them, a line ends."""
     blocks = [{"type": "text", "text": text} for text in ("One.", "Two.\n", "Three.", "\n\nFour.")]
@@ -238,6 +257,25 @@ def test_an_answer() -> None:
     assert browser.ended
 
 
+@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize("stage", ["before the status", "in prefill", "mid-answer"])
+def test_a_client_that_leaves_is_hung_up_for(stage: str, streamed: bool) -> None:
+    """Wherever its answer is; its permit is back at once, as there are no slots to ask."""
+    scene = Scene.of("openai", URL)
+    browser = scene.house.ask(turn(stream=streamed))
+    (held,) = scene.there.held
+    if stage != "before the status":
+        held.begin()
+    if stage == "mid-answer":
+        held.say({"choices": [{"index": 0, "delta": {"content": "Yes"}}]})
+    scene.house.settle()
+    assert scene.house.line().running == 1
+    browser.leave()
+    scene.house.settle()
+    assert held.left
+    assert (scene.house.line().running, scene.house.line().settling) == (0, 0)
+
+
 @pytest.mark.parametrize(
     ("path", "answer", "tokens"),
     [
@@ -254,6 +292,8 @@ def test_a_count(path: str, answer: Json, tokens: int | None) -> None:
     browser = scene.house.ask(turn(tools=[TOOL]), "/v1/messages/count_tokens")
     if tokens is None:
         assert (browser.status, browser.json["error"]["type"]) == (404, "not_found_error")
+        assert browser.json["error"]["message"] == "The server of tier 'main' counts no tokens."
+        assert len(scene.there.sent("/tokenize")) == 1
         return
     assert browser.json == {"input_tokens": tokens}
     ((body, _),) = scene.there.sent(path)

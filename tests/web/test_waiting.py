@@ -246,6 +246,19 @@ def test_a_call_waits_for_a_server_that_loads() -> None:
     assert_at_rest(house, *browsers)
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_schema_that_cannot_be_held_waits_for_no_server(stream: bool) -> None:
+    """What no server would change is refused at once, and nobody is asked."""
+    house = Household.built()
+    house.main.status = 503
+    held_to = {"format": {"type": "json_schema", "schema": {"not": {}}}}
+    browser = house.ask(turn(stream=stream, output_config=held_to))
+    assert browser.status == 400
+    assert "output_config.format.schema: not" in browser.json["error"]["message"]
+    assert house.main.asked == []
+    assert_at_rest(house, browser)
+
+
 def test_a_server_that_loads_is_asked_once_by_all() -> None:
     """Many waiting calls ask no more than one, ever more seldom, and without them nobody asks."""
     house = Household.built()
