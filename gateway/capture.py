@@ -42,7 +42,9 @@ _BETWEEN: Final = b"\n\n--- the answer ---\n\n"
 _BLOT: Final = b"***"
 
 #: Keys by their looks: those of model vendors, and whatever a header would have.
-_KEYS: Final = re.compile(rb"(?i)(\bsk-|\bbearer\s+)[\w.~+/=-]{8,}")
+_KEYS: Final = re.compile(
+    rb"(?i)(\b(?:sk-|ghp_|hf_|akia)|\b(?:bearer|basic)\s+|\bx-api-key\W{1,4})[\w.~+/=-]{8,}"
+)
 
 #: Names of a server's variables that hold a key, and characters of one; less is in every text.
 _NAMES: Final = re.compile("(?i)key|token|secret|password")

@@ -12,6 +12,7 @@ import ipaddress
 import math
 import os
 import re
+import ssl
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -457,8 +458,8 @@ def _of_kind(where: str, tier: Tier) -> Iterator[str]:
 
 def _holds_certificates(path: Path) -> bool:
     try:
-        return b"-----BEGIN CERTIFICATE-----" in path.read_bytes()
-    except OSError:
+        return bool(ssl.create_default_context(cafile=path).get_ca_certs())
+    except (OSError, ssl.SSLError):
         return False
 
 

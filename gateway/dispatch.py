@@ -7,10 +7,10 @@ and touches no socket (`gateway.tier` and `gateway.llama` do).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import cache, partial
 from hashlib import blake2b
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 from uuid import uuid4
 
 import attrs
@@ -40,6 +40,7 @@ from gateway.wire.pulse import Times
 from gateway.wire.request import MessagesRequest
 
 Json = Any
+T = TypeVar("T")
 
 #: How often a call may find that a server which was up is not.
 _AWAY: Final = 20
@@ -106,7 +107,7 @@ class Dispatch:
     ledger: Ledger
     times: Times
     reactor: IReactorTime
-    _open: dict[str, Deferred[None]] = attrs.field(factory=dict, init=False)
+    _open: dict[str, Deferred[Any]] = attrs.field(factory=dict, init=False)
     _ended: Ended = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -175,16 +176,7 @@ class Dispatch:
 
             async def ask(teller: Teller) -> None:
                 """As `ask_until`, unless a person ends it."""
-                asking = self._open[record.id] = Deferred.fromCoroutine(ask_until(teller))
-                try:
-                    await asking
-                except CancelledError:
-                    if record.id in self._open:
-                        raise  # it was the client who left
-                    record.outcome = ENDED_BY_HAND
-                    raise self._ended.end(tickets) from None
-                finally:
-                    self._open.pop(record.id, None)
+                await self._endable(record, tickets, ask_until(teller))
 
             if not request.stream:
                 limit = patience.client_waits(headers)
@@ -217,33 +209,39 @@ class Dispatch:
         """
         with self.ledger.call(caller.request_id) as record:
             request = openai.read_embedding(raw)
-            lost = 0
-            while True:
-                _, call, route = self._understand(request, headers)
-                tier, route = await self._reach(route)
-                _check_takes_bare(tier)
-                self._note(record, request, call, route, caller)
-                view = dict(request.body)
-                ready = _Prepared(request, call, route, tier, view, None, record)
-                ticket = _ticket(ready, partial(self.ledger.content, record))
-                started = partial(self.ledger.started, record)
-                how: Any = {"ticket": ticket, "started": started}
-                asking = partial(embeddings.ask, tier, request.prepared, view, **how)
-                try:
-                    said = await tier.deaths.during(ticket, asking)
-                except (Lost, Unavailable) as error:
-                    lost += 1
-                    if lost > tier.config.resends:
-                        raise unavailable(
-                            f"The model server of tier {tier.name!r} went away."
-                        ) from error
-                    tier.lost()
-                    record.again()
-                else:
-                    record.usage.learn(
-                        {"input_tokens": (said.get("usage") or {}).get("prompt_tokens")}
-                    )
-                    return orjson.dumps(said)
+            tickets: list[Ticket] = []
+
+            async def ask() -> dict[str, Json]:
+                lost = 0
+                while True:
+                    _, call, route = self._understand(request, headers)
+                    tier, route = await self._reach(route)
+                    _check_takes_bare(tier)
+                    self._note(record, request, call, route, caller)
+                    view = dict(request.body)
+                    ready = _Prepared(request, call, route, tier, view, None, record)
+                    ticket = _ticket(ready, partial(self.ledger.content, record))
+                    self._ended.check(ticket)
+                    tickets[:] = [ticket]
+                    started = partial(self.ledger.started, record)
+                    how: Any = {"ticket": ticket, "started": started}
+                    asking = partial(embeddings.ask, tier, request.prepared, view, **how)
+                    try:
+                        return await tier.deaths.during(ticket, asking)
+                    except (Lost, Unavailable) as error:
+                        lost += 1
+                        if lost > tier.config.resends:
+                            raise unavailable(
+                                f"The model server of tier {tier.name!r} went away."
+                            ) from error
+                        tier.lost()
+                        record.again()
+
+            said = await self._endable(record, tickets, ask())
+            usage = said.get("usage")
+            if isinstance(usage, Mapping):
+                record.usage.learn({"input_tokens": usage.get("prompt_tokens")})
+            return orjson.dumps(said)
 
     @property
     def _now(self) -> int:
@@ -278,6 +276,22 @@ class Dispatch:
                         raise _counts_none(tier)
                     record.usage.input = tokens
                     return tokens
+
+    async def _endable(
+        self, record: Record, tickets: list[Ticket], asking: Coroutine[Deferred[Any], Any, T]
+    ) -> T:
+        """What `asking` gives, unless a person ends it, whose ticket stands in `tickets` then."""
+        under_way = self._open[record.id] = Deferred.fromCoroutine(asking)
+        try:
+            found: T = await under_way
+        except CancelledError:
+            if record.id in self._open:
+                raise  # it was the client who left
+            record.outcome = ENDED_BY_HAND
+            raise self._ended.end(tickets) from None
+        finally:
+            self._open.pop(record.id, None)
+        return found
 
     def end(self, call: str) -> bool:
         """

@@ -324,7 +324,7 @@ def _is_new(connection: sqlite3.Connection) -> bool:
     """Whether nothing is in the file; raises _Broken if what is there is not ours."""
     (ours,) = connection.execute("PRAGMA application_id").fetchone()
     (form,) = connection.execute("PRAGMA user_version").fetchone()
-    (parts,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+    (parts,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
     if (ours, form) != (_OURS, _FORM) and (ours or form or parts):
         raise _Broken("another program's, or another version's")
     return not parts

@@ -250,6 +250,12 @@ class Ledger:
     def _close(self, record: Record) -> None:
         now = record.ended = self._clock.seconds()
         closed = record.as_json(now)
+        try:
+            self._write(closed)
+        except Exception:  # noqa: BLE001  # no answer may fail for what is written of it
+            log.failure("{id} could not be written down", id=record.id)
+
+    def _write(self, closed: dict[str, Json]) -> None:
         self._closed.append(closed)
         self._chart.add(closed)
         if self.history is not None:

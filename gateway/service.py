@@ -39,7 +39,7 @@ from gateway.ledger import Ledger
 from gateway.llama import ram
 from gateway.llama.child import Child, Limits, State
 from gateway.llama.client import SLOT_PATIENCE, LlamaClient
-from gateway.llama.command import command, option
+from gateway.llama.command import command, environment, option
 from gateway.llama.snapshots import Store
 from gateway.policy.calls import KINDS
 from gateway.policy.order import Rank
@@ -203,8 +203,10 @@ class House(MultiService):
 
     async def _announce(self) -> None:
         """Say what to type next, once every server is up."""
-        for tier in self.tiers.values():
+        for name, tier in self.tiers.items():
             for attempt in count():
+                if self.tiers.get(name) is not tier:
+                    break  # it was removed
                 try:
                     await tier.props()
                 except ApiError:
@@ -239,15 +241,16 @@ class House(MultiService):
             )
         else:
             self._adopt(changes)
-        notify(READY)
+        finally:
+            notify(READY)
 
     def _adopt(self, changes: Changes) -> None:
-        config = self.config = changes.config
-        dispatch, before = self.api.dispatch, self.tiers
+        config, dispatch, before = changes.config, self.api.dispatch, self.tiers
         dispatch.tiers = {
             name: before.get(name) or _tier(config, name, self._reactor, self._stores)
             for name in config.tier
         }
+        self.config = config
         self._stores.adopt(config.gateway.snapshot_budget * MIB)
         dispatch.rules, dispatch.times = config.route, Times(start=config.gateway.start_after)
         self._site.access = _access(config)
@@ -280,7 +283,7 @@ class House(MultiService):
             # What was saved meanwhile says better what a token takes; no reason to start anew.
             reckon = partial(_as_it_was, child.command)
         line = command(config, config.server, self.config.gateway.state_dir, reckon)
-        if child.replace(line, config.server.env):
+        if child.replace(line, environment(config, config.server)):
             log.info("tier {tier}: its server is started anew when it rests", tier=tier.name)
             self._later(_restart(tier, child))
         elif child.state is State.FAILED:
@@ -372,7 +375,7 @@ def _tier(config: Config, name: str, reactor: Any, stores: _Stores) -> Tier:
         tier.child = Child(
             name,
             command(wanted, server, state_dir, ram.of_command),
-            server.env,
+            environment(wanted, server),
             state_dir,
             client.health,
             reactor,

@@ -116,7 +116,11 @@ def test_keys_are_blotted_out(tmp_path: Path) -> None:
     capture = capturing(tmp_path, MIB, 'pass"word', "pass", "of-the-door")
     body = orjson.dumps({"a": 'my pass"word is', "b": "of-the-door", "c": "no secret"})
     assert capture.without_keys(body) == b'{"a":"my *** is","b":"***","c":"no secret"}'
-    for key in (b"sk-ant-api03-abcdefgh", b"Bearer abcdefgh.ijk", b"bearer  12345678"):
+    for key in (
+        *(b"sk-ant-api03-abcdefgh", b"Bearer abcdefgh.ijk", b"bearer  12345678"),
+        *(b"ghp_0123456789abcdef", b"AKIA0123456789ABCDEF", b"hf_0123456789"),
+        *(b"x-api-key: 0123456789", b"Basic dXNlcjpwYXNz"),
+    ):
         assert b"***" in capture.without_keys(b'curl -H "x: %b"' % key)
         assert key[-8:] not in capture.without_keys(b'curl -H "x: %b"' % key)
     plain = b"a task-force, the bearer of news, sk-8"

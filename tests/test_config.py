@@ -443,6 +443,7 @@ def test_where_a_server_of_another_kind_may_be(kind: str, url: str, base: str) -
         (f'{MAIN}model = "a"', "tier.main.model: expected only where kind is anthropic or openai"),
         (f"{MAIN}window = 4096", "tier.main.window: expected only where kind is anthropic or op"),
         (of_kind("openai", 'ca_file = "/nowhere.pem"'), "tier.main.ca_file: expected a file with"),
+        (of_kind("openai", 'ca_file = "setup.cfg"'), "tier.main.ca_file: expected a file with"),
         (
             of_kind("openai", 'api_key = "a"\napi_key_env = "B"'),
             "tier.main.api_key_env: expected api_key or api_key_env, not both",

@@ -35,6 +35,23 @@ def test_the_outcome_is_how_the_block_was_left(raised: Exception | None, outcome
     assert [record["outcome"] for record in status["last"]] == [outcome]
 
 
+def test_what_cannot_be_written_down_harms_no_answer(logged: list[LogEvent]) -> None:
+    """Nor what the client gets, nor the calls that come after."""
+    ledger = Ledger(Clock())
+
+    def fails(_: object) -> None:
+        raise KeyError("bug")
+
+    ledger.heard.append(fails)
+    for name in ("one", "two"):
+        with ledger.call(name):
+            pass
+    assert [record["id"] for record in ledger.status()["last"]] == ["two", "one"]
+    assert ledger.status()["calls"] == []
+    assert len([event for event in logged if event.get("log_failure")]) == 2
+    logged.clear()
+
+
 def test_waits_and_work_are_told_apart() -> None:
     """Seconds in line and seconds of work are two figures."""
     clock = Clock()

@@ -531,6 +531,24 @@ def test_a_tier_elsewhere_comes_with_a_reload_once_its_key_is_there(
     assert "secret" not in estate.said
 
 
+def test_a_reload_that_cannot_be_carried_out_changes_nothing(
+    estate: Estate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one finds the house as it was."""
+    estate.stands(tier("main"))
+
+    def fails(*_: object) -> None:
+        raise KeyError("bug")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("gateway.service._tier", fails)
+        with pytest.raises(KeyError):
+            estate.reads(tier("main"), tier("new"))
+    assert [*estate.house.tiers] == [*estate.house.config.tier] == ["main"]
+    estate.reads(tier("main"), tier("new"))
+    assert [*estate.house.tiers] == ["main", "new"]
+
+
 def test_a_gateway_without_a_key_that_it_needs_does_not_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

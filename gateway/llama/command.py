@@ -31,11 +31,9 @@ def command(
             (`gateway.llama.ram.of_command`).
     """
     given = list(server.command)
-    if given[:3] == ["python", "-m", "gateway.llama.embedded"]:
+    if _is_embedded(given):
         given[0] = sys.executable
-    elif Path(given[0]).name != "llama-server":
-        return given
-    if not server.manage_flags:
+    if not (server.manage_flags and _takes_flags(server.command)):
         return given
     parts, slots = urlsplit(tier.url), state_dir / "slots"
     host = tier.url.removeprefix("unix:") if tier.url.startswith("unix:") else parts.hostname
@@ -48,7 +46,6 @@ def command(
         "--slot-save-path": str(slots),
         "--cache-ram": _text(tier.cache_ram),
         "--sse-ping-interval": "5",
-        "--api-key": tier.key,
     }
     short = {"--parallel": "-np", "--slot-prompt-similarity": "-sps", "--cache-ram": "-cram"}
     if tier.cache_ram is None and not {"--cache-ram", "-cram"} & {*given}:
@@ -57,6 +54,22 @@ def command(
         if value is not None and flag not in given and short.get(flag) not in given:
             given += [flag, value]
     return given
+
+
+def environment(tier: Tier, server: Server) -> dict[str, str]:
+    """What a tier's server has in its environment besides ours: its key, which no list shows."""
+    is_told = server.manage_flags and _takes_flags(server.command) and tier.key is not None
+    key = {"LLAMA_API_KEY": str(tier.key)} if is_told else {}
+    return {**key, **server.env}
+
+
+def _takes_flags(given: Sequence[str]) -> bool:
+    """Whether this is a llama-server, or our embedded one."""
+    return _is_embedded(given) or Path(given[0]).name == "llama-server"
+
+
+def _is_embedded(given: Sequence[str]) -> bool:
+    return [*given[:3]] == ["python", "-m", "gateway.llama.embedded"]
 
 
 def _text(number: int | None) -> str | None:

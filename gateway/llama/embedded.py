@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
     add("-cram", "--cache-ram", type=int, default=8192, help="MiB; 0: none, -1: no limit")
     add("--sse-ping-interval", type=int, default=30, help="seconds")
     add("--swa-full", action="store_true")
-    add("--api-key", default="")
+    add("--api-key", default=os.environ.get("LLAMA_API_KEY", ""))
     add("--metrics", action="store_true")
     add("--reasoning-format", choices=_REASONING_FORMATS, default="deepseek")
     add("-r", "--reverse-prompt", action="append", default=[], help="ends an answer; repeatable")

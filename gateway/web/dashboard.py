@@ -169,11 +169,11 @@ class Dashboard:
         reader = _Reader(request)
         request.registerProducer(reader, True)
         ended = self._readers[reader] = Deferred()
-        if self._look_at is None:
-            self._look()
-        else:
-            reader.tell(self._drawn)
         try:
+            if self._look_at is None:
+                self._look()
+            else:
+                reader.tell(self._drawn)
             with suppress(CancelledError):  # it was left
                 await ended
         finally:

@@ -117,7 +117,7 @@ def _running(calls: Sequence[Call]) -> Content:
                 call.waited,
                 call.took,
                 _doing(call),
-                _cancel(call),
+                _cancel(call) if call.kind != "count" else "",
             )
             for call in calls
         },
@@ -150,7 +150,7 @@ def _waiting(part: tuple[Sequence[Call], int]) -> Content:
                 call.waited,
                 call.eta,
                 call.doing,
-                _cancel(call),
+                _cancel(call) if call.kind != "count" else "",
             )
             for call in calls
         },

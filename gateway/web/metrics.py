@@ -9,7 +9,6 @@ calls, but neither its waits nor its tokens are: no model worked for it.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -268,8 +267,8 @@ def _process(registry: CollectorRegistry) -> None:
     if Path("/proc/stat").exists():
         ProcessCollector(registry=registry)
     else:
-        process = psutil.Process(os.getpid())
-        registry.register(_Collected(lambda: process_figures(process)))
+        # This process may fork before it is asked: it daemonizes.
+        registry.register(_Collected(lambda: process_figures(psutil.Process())))
 
 
 def process_figures(process: psutil.Process) -> Iterator[Metric]:

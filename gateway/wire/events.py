@@ -95,11 +95,12 @@ class Usage:
     created: int = 0
 
     def learn(self, said: Mapping[str, Json]) -> None:
-        """Take over what an upstream's ``usage`` says; what it leaves out stays as it was."""
-        self.input = said.get("input_tokens", self.input)
-        self.cached = said.get("cache_read_input_tokens") or self.cached
-        self.created = said.get("cache_creation_input_tokens") or self.created
-        self.output = said.get("output_tokens") or self.output
+        """Take over what an upstream's ``usage`` says; what makes no sense is left out."""
+        known = {name: number for name, number in said.items() if _is_count(number)}
+        self.input = known.get("input_tokens", self.input)
+        self.cached = known.get("cache_read_input_tokens") or self.cached
+        self.created = known.get("cache_creation_input_tokens") or self.created
+        self.output = known.get("output_tokens") or self.output
 
     def forget(self) -> None:
         """Nothing is known any more."""
@@ -113,6 +114,11 @@ class Usage:
             "cache_read_input_tokens": self.cached,
             "output_tokens": self.output,
         }
+
+
+def _is_count(number: Json) -> bool:
+    """Whether this can be a number of tokens; sums of them stay what JSON can say."""
+    return type(number) is int and 0 <= number < 2**40
 
 
 @attrs.frozen

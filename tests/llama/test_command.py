@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gateway.config import Server, Tier
-from gateway.llama.command import command, socket_file, without_key
+from gateway.llama.command import command, environment, socket_file, without_key
 
 STATE = Path("/state")
 
@@ -23,6 +23,12 @@ def line(
     """The command line of a tier whose configured command is `words`."""
     server = Server(words, manage_flags=manage_flags)
     return command(Tier(url, server=server, **tier), server, STATE)
+
+
+def added(*words: str, manage_flags: bool = True, **tier: Any) -> dict[str, str]:
+    """What a server with this command has in its environment besides ours."""
+    server = Server(words, env={"A": "b"}, manage_flags=manage_flags)
+    return environment(Tier("http://127.0.0.1:8081", server=server, **tier), server)
 
 
 def flags(words: Sequence[str]) -> dict[str, str]:
@@ -86,8 +92,13 @@ def test_a_flag_that_is_set_stays(flag: str, value: str) -> None:
 
 
 def test_the_key_of_the_tier_is_the_key_of_its_server() -> None:
-    """A server that we start is told the key that it will be shown."""
-    assert flags(line("llama-server", api_key="secret"))["--api-key"] == "secret"
+    """A server that we start is told the key that it will be shown, where no list shows it."""
+    assert "secret" not in line("llama-server", api_key="secret")
+    for words in (("llama-server",), EMBEDDED):
+        assert added(*words, api_key="secret") == {"LLAMA_API_KEY": "secret", "A": "b"}
+    assert added("llama-server") == {"A": "b"}
+    assert added("llama-server", manage_flags=False, api_key="secret") == {"A": "b"}
+    assert added("vllm", "serve", api_key="secret") == {"A": "b"}
 
 
 def test_a_tier_on_a_unix_socket_has_no_port() -> None:

@@ -297,6 +297,12 @@ def test_the_defaults_are_those_of_llama_server(name: str, wanted: Value, model:
     assert parameter(params(model), name) == wanted
 
 
+def test_a_key_may_stand_in_the_environment(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As llama-server has it: there nobody sees it in a list of processes."""
+    monkeypatch.setenv("LLAMA_API_KEY", "one,two")
+    assert parameter(params(model), "api_keys") == ["one", "two"]
+
+
 def test_the_files_reach_the_server(model: Path, tmp_path: Path) -> None:
     """The model goes by its path, the template by its text, the slots' folder with its slash."""
     template = tmp_path / "template.jinja"

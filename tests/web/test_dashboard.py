@@ -8,7 +8,9 @@ from typing import Any, Final
 import orjson
 import pytest
 from twisted.internet.defer import Deferred
+from twisted.logger import LogEvent
 
+from gateway.dispatch import Dispatch
 from gateway.web.access import Access, is_own_page
 from gateway.wire.errors import invalid
 from tests.house import HELLO, Browser, Household, turn
@@ -179,6 +181,24 @@ def test_only_so_many_pages() -> None:
     assert get(house, "/page/events").status == 200
 
 
+def _bug(*_: object) -> None:
+    raise KeyError("bug")
+
+
+def test_a_page_that_cannot_be_drawn_takes_no_place(
+    monkeypatch: pytest.MonkeyPatch, logged: list[LogEvent]
+) -> None:
+    """However often it is asked for, those that come after get theirs."""
+    house = Household.built()
+    with monkeypatch.context() as patched:
+        patched.setattr(Dispatch, "status", _bug)
+        for _ in range(20):
+            get(house, "/page/events")
+    assert get(house, "/page/events").status == 200
+    assert logged
+    logged.clear()
+
+
 def test_the_stream_ends_with_the_gateway() -> None:
     """Nobody waits for a page when the gateway stops."""
     house = Household.built()
@@ -297,6 +317,16 @@ def test_a_call_is_cancelled() -> None:
     assert again.status == 404
     assert b'<p role="alert" class="notice">This call has ended already.</p>' in again.body
     assert b"</html>" in again.body
+
+
+def test_a_count_has_no_button() -> None:
+    """It is over before anybody could press it."""
+    house = Household.built()
+    with house.api.dispatch.ledger.call("req_1") as record:
+        record.kind = "count"
+        shown = get(house, "/").body
+    assert b">count<" in shown
+    assert b"/cancel" not in shown
 
 
 def test_a_slot_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -411,6 +411,20 @@ def test_embeddings_wait_for_their_turn() -> None:
     assert idle(house)
 
 
+def test_embeddings_that_a_person_ends() -> None:
+    """Their client is told so, and they no longer wait."""
+    house = Household.built()
+    house.main.embeds = True
+    house.ask(turn())
+    browser = house.ask({"model": "m", "input": "a"}, EMBED)
+    [call] = [each for each in house.api.dispatch.status()["calls"] if each["kind"] == "other"]
+    assert house.api.dispatch.end(call["id"])
+    house.settle()
+    assert browser.status == 400
+    assert "by hand" in browser.json["error"]["message"]
+    assert house.line().waiting == 0
+
+
 def test_a_server_without_embeddings() -> None:
     """Its own words say how to get them."""
     house = Household.built()

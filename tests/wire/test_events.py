@@ -698,6 +698,15 @@ def test_the_last_usage_counts() -> None:
     }
 
 
+@pytest.mark.parametrize("number", ["12", 12.5, -5, True, {}, [1], 2**63 + 5])
+def test_a_usage_that_makes_no_sense(number: Any) -> None:
+    """It is left out, and neither the client nor the ledger sees it."""
+    usage = Usage()
+    usage.learn({"input_tokens": 7, "output_tokens": 1})
+    usage.learn(dict.fromkeys(("input_tokens", "cache_read_input_tokens", "output_tokens"), number))
+    assert (usage.input, usage.cached, usage.output) == (7, 0, 1)
+
+
 def test_what_a_client_is_told_to_ignore_is_not_sent() -> None:
     """Pings and events of the future do not reach the client from upstream."""
     mending = repair()
