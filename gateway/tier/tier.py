@@ -212,6 +212,11 @@ class Tier:
             self._props = self._met = found
         return self._props
 
+    @property
+    def met(self) -> Props | None:
+        """What the server said of itself last, however long ago; None where it never did."""
+        return self._met
+
     # --- a server that comes and goes -------------------------------------------------------------
 
     async def is_up(self) -> bool:
