@@ -465,6 +465,24 @@ def test_without_the_gateway_servers_are_asked_directly(world: World) -> None:
     assert of(found, "main.round-trip")[0].status == "skipped"
 
 
+@pytest.mark.parametrize("kept", ["api_key", "api_key_env"])
+def test_a_server_is_shown_its_key(
+    kept: str, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it is kept; where it is another one, the remedy says where it goes."""
+    world.key = "secret"
+    for said in ("wrong", "secret"):
+        monkeypatch.setenv("MODEL_KEY", said)
+        world.config["tier.main"][kept] = said if kept == "api_key" else "MODEL_KEY"
+        found = of(look(world), "main.server")
+        assert [each.found.endswith("wants another key") for each in found] == (
+            [True] if said == "wrong" else []
+        ), found
+        place = "`api_key` in [tier.main]" if kept == "api_key" else "`MODEL_KEY` in the envir"
+        assert all(place in each.remedy for each in found)
+    assert {each.status for each in look(world)} == {"ok"}
+
+
 def test_a_tier_at_work_gets_no_work(world: World) -> None:
     """While a call is under way no other is sent behind it."""
     world.says["/status"] = Reply(200, {"version": "1", "tiers": {"main": {"running": 1}}})
