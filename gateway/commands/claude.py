@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, Final, NoReturn
+from urllib.parse import urlsplit
 
 import attrs
 
@@ -100,9 +101,10 @@ class Source:
 
     @property
     def env(self) -> Mapping[str, str]:
-        """The variables that they set."""
+        """The variables that they set; the client takes any value as its words."""
         found = self.settings.get("env")
-        return found if isinstance(found, Mapping) else {}
+        items = found.items() if isinstance(found, Mapping) else ()
+        return {name: str(value) for name, value in items}
 
 
 @attrs.frozen
@@ -230,7 +232,7 @@ def _outranked(
 
 def _around_proxies(url: str, places: Sequence[Source]) -> tuple[list[str], dict[str, str]]:
     """What is said of proxies, and the variables that lead past them to `url`."""
-    host = url.rpartition(":")[0].removeprefix("http://").strip("[]")
+    host = urlsplit(url).hostname or ""
     proxies, direct = [], ""
     for place in places:
         for name in _PROXIES:
@@ -320,7 +322,7 @@ def found(
 def _read(path: Path, home: Path, *, managed: bool = False) -> Iterator[Source]:
     try:
         settings = json.loads(path.read_bytes())
-    except (OSError, ValueError):  # most are not there; what is no JSON is told by the client
+    except (OSError, ValueError, RecursionError):  # most are absent; bad JSON the client tells
         return
     if isinstance(settings, dict):
         name = f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)

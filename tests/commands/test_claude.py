@@ -157,6 +157,14 @@ def test_a_proxy_is_gone_around() -> None:
     assert started(theirs(HTTP_PROXY="http://proxy")).environ["NO_PROXY"] == "127.0.0.1"
 
 
+def test_a_proxy_and_a_url_without_a_port() -> None:
+    """The host is what stands in the URL, and numbers in the user's settings are words."""
+    ours = {**OURS, "env": {**OURS["env"], "ANTHROPIC_BASE_URL": "http://gateway"}}
+    theirs = Source("theirs", {"env": {"NO_PROXY": 1, "HTTPS_PROXY": "x"}})
+    start = session(ours, WINDOW, [theirs], {}, [])
+    assert start.environ["NO_PROXY"] == "1,gateway"
+
+
 @pytest.mark.parametrize("direct", ["localhost, 127.0.0.1", "*"])
 def test_a_proxy_that_is_gone_around_already(direct: str) -> None:
     """There is nothing to do and nothing to say."""
@@ -200,7 +208,8 @@ def test_the_files_that_are_read(tmp_path: Path) -> None:
     written(folder / ".claude/settings.json", "no json")
     written(folder / ".claude/settings.local.json", {"model": "opus"})
     written(managed / "managed-settings.json", {"env": []})
-    written(managed / "managed-settings.d/10.json", {"env": {"B": "2"}})
+    written(managed / "managed-settings.d/10.json", {"env": {"B": 2}})
+    written(managed / "managed-settings.d/20.json", "[" * 100_000)
     sources = list(found(home, folder, {}, managed))
     assert [(source.name, source.env, source.managed) for source in sources] == [
         ("~/.claude/settings.json", {"A": "1"}, False),

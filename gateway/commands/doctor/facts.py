@@ -466,7 +466,7 @@ def _text(path: Path) -> str:
 def _json(path: Path) -> Mapping[str, Json]:
     try:
         return mapping(json.loads(path.read_bytes()))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
 
 

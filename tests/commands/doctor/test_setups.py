@@ -447,6 +447,12 @@ def test_a_configuration_that_is_not_there(world: World) -> None:
     assert load(world.path, KINDS).tier["main"].slots == 1
 
 
+def test_settings_nested_without_end(world: World) -> None:
+    """They are none that the client could use, and the rest is looked at."""
+    (world.home / ".claude/settings.json").write_text("[" * 100_000)
+    assert {each.check for each in look(world) if each.status != "ok"} == {"settings"}
+
+
 def test_every_mistake_is_told(world: World) -> None:
     """Each mistake of a configuration is found, and what needs none is looked at."""
     world.config["gateway"].update(graze=3, grace="long")
