@@ -29,6 +29,7 @@ import attrs
 from gateway.commands.running import NoGateway, Unusable, ask, url_of
 from gateway.commands.settings import Loading, compacts_at, settings, status_line, windows
 from gateway.config import Config
+from gateway.figures import line
 from gateway.policy.routes import MAIN
 
 Json = Any
@@ -410,11 +411,15 @@ def _wait_for_main(config: Config) -> dict[str, int]:
         try:
             known = windows(config)
         except Loading:
-            process = ask(config, "/status")["tiers"][MAIN]["process"] or {}
+            tier = ask(config, "/status")["tiers"][MAIN]
+            process, error = tier["process"] or {}, tier.get("error") or {}
             state, waited = process.get("state", "down"), time.monotonic() - began
-            if state in _GIVEN_UP or waited > patience:
-                why = f" ({process['reason']})" if process.get("reason") else ""
+            told = line(process.get("reason") or error.get("message") or "")
+            if state in _GIVEN_UP or not error.get("passes", True) or waited > patience:
+                why = f" ({told.rstrip('.')})" if told else ""
                 raise Unusable(f"The main model is {state}{why}: claudegw doctor.") from None
+            if told and not process and not shown:
+                _say(told)
             _show(f"the main model is {state}, {waited:.0f} s", again=shown)
             shown = True
             time.sleep(_REFRESH)

@@ -256,6 +256,7 @@ class House:
         config: of the gateway.
         main: what main's window is at each look; the exception that is raised instead.
         process: what the status says of main's process.
+        error: what it says of main's last error.
         is_up: whether a gateway listens.
         ran: what was executed.
     """
@@ -263,6 +264,7 @@ class House:
     config: Any
     main: list[int | Exception] = attrs.field(factory=lambda: [WINDOW])
     process: Json = None
+    error: Json = None
     is_up: bool = True
     ran: list[Any] = attrs.field(factory=list)
     now: float = 0.0
@@ -270,7 +272,8 @@ class House:
     def ask(self, _: Any, path: str) -> Json:
         if not self.is_up:
             raise NoGateway("none")
-        return {"tiers": {"main": {"process": self.process}}} if path == "/status" else {}
+        main = {"process": self.process, "error": self.error}
+        return {"tiers": {"main": main}} if path == "/status" else {}
 
     def windows(self, _: Any) -> dict[str, int]:
         found = self.main[0] if len(self.main) == 1 else self.main.pop(0)
@@ -384,6 +387,32 @@ def test_a_model_that_does_not_come_up(
         house.run()
     assert house.ran == []
     assert waited <= house.now <= waited + 1
+
+
+@pytest.mark.parametrize("process", [None, {"state": "ready", "reason": None}])
+def test_a_model_that_refuses(process: Json, house: House) -> None:
+    """Why it does is said, at once: waiting would not change it."""
+    house.main, house.process = [Loading()], process
+    house.error = {"message": "It refuses the gateway's key (401).", "passes": False}
+    with pytest.raises(Unusable, match=r"\(It refuses the gateway's key \(401\)\): claudegw doc"):
+        house.run()
+    assert house.now == 0
+    assert house.ran == []
+
+
+def test_a_server_elsewhere_that_is_down(house: House, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is known of it is said, and it is waited for."""
+    house.main, house.error = (
+        [Loading(), WINDOW],
+        {"message": "Nobody\x1b answers.", "passes": True},
+    )
+    house.run()
+    assert len(house.ran) == 1
+    said = "claudegw: Nobody? answers.\nclaudegw: the main model is down, 0 s\n"
+    assert capsys.readouterr().err == said
+    house.main, house.ran = [Loading()], []
+    with pytest.raises(Unusable, match=r"down \(Nobody\? answers\): claudegw doctor"):
+        house.run()
 
 
 def test_an_impatient_user(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
