@@ -22,12 +22,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, Final, NoReturn
+from urllib.parse import urlsplit
 
 import attrs
 
 from gateway.commands.running import NoGateway, Unusable, ask, url_of
 from gateway.commands.settings import Loading, compacts_at, settings, status_line, windows
 from gateway.config import Config
+from gateway.figures import line
 from gateway.policy.routes import MAIN
 
 Json = Any
@@ -100,9 +102,10 @@ class Source:
 
     @property
     def env(self) -> Mapping[str, str]:
-        """The variables that they set."""
+        """The variables that they set; the client takes any value as its words."""
         found = self.settings.get("env")
-        return found if isinstance(found, Mapping) else {}
+        items = found.items() if isinstance(found, Mapping) else ()
+        return {name: str(value) for name, value in items}
 
 
 @attrs.frozen
@@ -230,7 +233,7 @@ def _outranked(
 
 def _around_proxies(url: str, places: Sequence[Source]) -> tuple[list[str], dict[str, str]]:
     """What is said of proxies, and the variables that lead past them to `url`."""
-    host = url.rpartition(":")[0].removeprefix("http://").strip("[]")
+    host = urlsplit(url).hostname or ""
     proxies, direct = [], ""
     for place in places:
         for name in _PROXIES:
@@ -320,7 +323,7 @@ def found(
 def _read(path: Path, home: Path, *, managed: bool = False) -> Iterator[Source]:
     try:
         settings = json.loads(path.read_bytes())
-    except (OSError, ValueError):  # most are not there; what is no JSON is told by the client
+    except (OSError, ValueError, RecursionError):  # most are absent; bad JSON the client tells
         return
     if isinstance(settings, dict):
         name = f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
@@ -408,11 +411,15 @@ def _wait_for_main(config: Config) -> dict[str, int]:
         try:
             known = windows(config)
         except Loading:
-            process = ask(config, "/status")["tiers"][MAIN]["process"] or {}
+            tier = ask(config, "/status")["tiers"][MAIN]
+            process, error = tier["process"] or {}, tier.get("error") or {}
             state, waited = process.get("state", "down"), time.monotonic() - began
-            if state in _GIVEN_UP or waited > patience:
-                why = f" ({process['reason']})" if process.get("reason") else ""
+            told = line(process.get("reason") or error.get("message") or "")
+            if state in _GIVEN_UP or not error.get("passes", True) or waited > patience:
+                why = f" ({told.rstrip('.')})" if told else ""
                 raise Unusable(f"The main model is {state}{why}: claudegw doctor.") from None
+            if told and not process and not shown:
+                _say(told)
             _show(f"the main model is {state}, {waited:.0f} s", again=shown)
             shown = True
             time.sleep(_REFRESH)

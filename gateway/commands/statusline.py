@@ -41,7 +41,9 @@ def run(arguments: Sequence[str]) -> int:
         said = line(arguments)
     except Exception:  # noqa: BLE001  # a traceback would stand where the line should
         said = DOWN
-    print(said)
+    # Claude Code reads UTF-8, whatever the locale is.
+    sys.stdout.buffer.write(f"{said}\n".encode(errors="replace"))
+    sys.stdout.flush()
     return 0
 
 
@@ -74,16 +76,19 @@ def where(path: str) -> tuple[str, int, str | None]:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is no TOML, or has no port.
+        ValueError: it is no TOML, or says no place.
         Unusable: the gateway listens on no port.
     """
     with open(path, "rb") as file:  # noqa: PTH123  # pathlib is as slow as the rest together
         gateway = tomllib.load(file).get("gateway", {})
     if url := gateway.get("url"):
-        host, _, port = url.removeprefix("http://").rstrip("/").rpartition(":")
-        host = host.strip("[]")
-    else:
-        host, port = address(gateway.get("listen", "tcp:9090"))
+        from urllib.parse import urlsplit  # few configurations need it
+
+        parts = urlsplit(url)
+        if not parts.hostname:
+            raise ValueError(f"gateway.url is {url!r}")
+        return parts.hostname, parts.port or 80, gateway.get("token")
+    host, port = address(gateway.get("listen", "tcp:9090"))
     return host, int(port), gateway.get("token")
 
 
@@ -213,7 +218,7 @@ def _duration(value: Json) -> str:
 def _parsed(raw: bytes) -> Json:
     try:
         return json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

@@ -101,6 +101,7 @@ class Tier:
     _is_open: bool = attrs.field(default=False, init=False)
     _props: Props | None = attrs.field(default=None, init=False)
     _met: Props | None = attrs.field(default=None, init=False)
+    _error: ApiError | None = attrs.field(default=None, init=False)
     _stopped: bool = attrs.field(default=False, init=False)
     _awaiting: list[Deferred[None]] = attrs.field(factory=list, init=False)
     _looking: Deferred[None] | None = attrs.field(default=None, init=False)
@@ -204,13 +205,19 @@ class Tier:
             self._asked_at = now  # who comes meanwhile takes what was known
             try:
                 found = await self.client.props()
-            except ApiError:
-                self._props = None
+            except ApiError as error:
+                self._props, self._error = None, error
                 raise
+            self._error = None
             if found != self._met:
                 await self._meet(found)
             self._props = self._met = found
         return self._props
+
+    @property
+    def met(self) -> Props | None:
+        """What the server said of itself last, however long ago; None where it never did."""
+        return self._met
 
     # --- a server that comes and goes -------------------------------------------------------------
 
@@ -246,7 +253,7 @@ class Tier:
 
     def lost(self) -> None:
         """It went away; what it said of itself is worth nothing now."""
-        self._props = None
+        self._props = self._error = None
 
     def hear(self, line: str) -> None:
         """A line of the output of a server of ours."""
@@ -467,10 +474,13 @@ class Tier:
 
     def status(self) -> Mapping[str, Json]:
         """For ``/status``: what was last known, asked of nobody."""
-        known = None if self._props is None else attrs.asdict(self._props)
+        known, error = None if self._props is None else attrs.asdict(self._props), self._error
         return {
             "url": self.config.url,
             "server": known,
+            "error": None
+            if error is None
+            else {"message": error.message, "passes": isinstance(error, Unavailable)},
             "slots": self.config.slots,
             "running": self.line.running,
             "settling": self.line.settling,

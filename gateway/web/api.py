@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import attrs
 import orjson
 from klein import Klein
 from twisted.internet.defer import CancelledError, Deferred, DeferredList
+from twisted.internet.defer import TimeoutError as TimedOut
 from twisted.internet.error import ConnectionClosed
 from twisted.internet.interfaces import IPushProducer, IReactorTime
 from twisted.logger import Logger
@@ -19,6 +20,7 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed
 from gateway.capture import MOST, Capture
 from gateway.dispatch import Dispatch
 from gateway.policy.routes import MODEL_PREFIX
+from gateway.upstream import Props
 from gateway.web.access import BoundedRequest, speaks_openai, write_error
 from gateway.web.dashboard import Dashboard
 from gateway.web.metrics import CONTENT_TYPE, Metrics
@@ -26,6 +28,9 @@ from gateway.wire import completions
 from gateway.wire.errors import ApiError, stopping
 
 Json = Any
+
+#: Seconds that a server gets to say what it is; who asks for the list of models waits for it.
+_INTRODUCES: Final = 3.0
 
 log = Logger()
 
@@ -146,7 +151,12 @@ class Api:
     @app.route("/v1/models", methods=["GET"])
     async def models(self, request: BoundedRequest) -> bytes:
         """Each tier as a model, with its true window while its server is up."""
-        listed = [await self._model(request, name) for name in self.dispatch.tiers]
+        asked = [Deferred.fromCoroutine(self._model(request, name)) for name in self.dispatch.tiers]
+        listed = []
+        for is_there, found in await DeferredList(asked, consumeErrors=True):
+            if not is_there:
+                found.raiseException()
+            listed.append(found)
         if speaks_openai(request):
             return _json(request, {"object": "list", "data": listed})
         ends = {"first_id": listed[0]["id"], "last_id": listed[-1]["id"]}
@@ -164,11 +174,17 @@ class Api:
 
     async def _model(self, request: BoundedRequest, name: str) -> Json:
         """The tier of this name as a model, in the shape that `request` wants."""
+        tier = self.dispatch.tiers[name]
+        asked = Deferred.fromCoroutine(tier.props())
+        asked.addTimeout(_INTRODUCES, self.dispatch.reactor)
         try:
-            props = await self.dispatch.tiers[name].props()
+            props: Props | None = await asked
         except ApiError:
-            alias, window = "not running", None
-        else:
+            props = None
+        except TimedOut:  # it is there, and busy
+            props = tier.met
+        alias, window = "not running", None
+        if props is not None:
             alias, window = props.alias.rpartition("/")[2], props.n_ctx
         identity = f"{MODEL_PREFIX}{name}"
         if speaks_openai(request):

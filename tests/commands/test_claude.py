@@ -157,6 +157,14 @@ def test_a_proxy_is_gone_around() -> None:
     assert started(theirs(HTTP_PROXY="http://proxy")).environ["NO_PROXY"] == "127.0.0.1"
 
 
+def test_a_proxy_and_a_url_without_a_port() -> None:
+    """The host is what stands in the URL, and numbers in the user's settings are words."""
+    ours = {**OURS, "env": {**OURS["env"], "ANTHROPIC_BASE_URL": "http://gateway"}}
+    theirs = Source("theirs", {"env": {"NO_PROXY": 1, "HTTPS_PROXY": "x"}})
+    start = session(ours, WINDOW, [theirs], {}, [])
+    assert start.environ["NO_PROXY"] == "1,gateway"
+
+
 @pytest.mark.parametrize("direct", ["localhost, 127.0.0.1", "*"])
 def test_a_proxy_that_is_gone_around_already(direct: str) -> None:
     """There is nothing to do and nothing to say."""
@@ -200,7 +208,8 @@ def test_the_files_that_are_read(tmp_path: Path) -> None:
     written(folder / ".claude/settings.json", "no json")
     written(folder / ".claude/settings.local.json", {"model": "opus"})
     written(managed / "managed-settings.json", {"env": []})
-    written(managed / "managed-settings.d/10.json", {"env": {"B": "2"}})
+    written(managed / "managed-settings.d/10.json", {"env": {"B": 2}})
+    written(managed / "managed-settings.d/20.json", "[" * 100_000)
     sources = list(found(home, folder, {}, managed))
     assert [(source.name, source.env, source.managed) for source in sources] == [
         ("~/.claude/settings.json", {"A": "1"}, False),
@@ -247,6 +256,7 @@ class House:
         config: of the gateway.
         main: what main's window is at each look; the exception that is raised instead.
         process: what the status says of main's process.
+        error: what it says of main's last error.
         is_up: whether a gateway listens.
         ran: what was executed.
     """
@@ -254,6 +264,7 @@ class House:
     config: Any
     main: list[int | Exception] = attrs.field(factory=lambda: [WINDOW])
     process: Json = None
+    error: Json = None
     is_up: bool = True
     ran: list[Any] = attrs.field(factory=list)
     now: float = 0.0
@@ -261,7 +272,8 @@ class House:
     def ask(self, _: Any, path: str) -> Json:
         if not self.is_up:
             raise NoGateway("none")
-        return {"tiers": {"main": {"process": self.process}}} if path == "/status" else {}
+        main = {"process": self.process, "error": self.error}
+        return {"tiers": {"main": main}} if path == "/status" else {}
 
     def windows(self, _: Any) -> dict[str, int]:
         found = self.main[0] if len(self.main) == 1 else self.main.pop(0)
@@ -375,6 +387,32 @@ def test_a_model_that_does_not_come_up(
         house.run()
     assert house.ran == []
     assert waited <= house.now <= waited + 1
+
+
+@pytest.mark.parametrize("process", [None, {"state": "ready", "reason": None}])
+def test_a_model_that_refuses(process: Json, house: House) -> None:
+    """Why it does is said, at once: waiting would not change it."""
+    house.main, house.process = [Loading()], process
+    house.error = {"message": "It refuses the gateway's key (401).", "passes": False}
+    with pytest.raises(Unusable, match=r"\(It refuses the gateway's key \(401\)\): claudegw doc"):
+        house.run()
+    assert house.now == 0
+    assert house.ran == []
+
+
+def test_a_server_elsewhere_that_is_down(house: House, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is known of it is said, and it is waited for."""
+    house.main, house.error = (
+        [Loading(), WINDOW],
+        {"message": "Nobody\x1b answers.", "passes": True},
+    )
+    house.run()
+    assert len(house.ran) == 1
+    said = "claudegw: Nobody? answers.\nclaudegw: the main model is down, 0 s\n"
+    assert capsys.readouterr().err == said
+    house.main, house.ran = [Loading()], []
+    with pytest.raises(Unusable, match=r"down \(Nobody\? answers\): claudegw doctor"):
+        house.run()
 
 
 def test_an_impatient_user(house: House, monkeypatch: pytest.MonkeyPatch) -> None:

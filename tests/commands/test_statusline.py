@@ -191,7 +191,17 @@ def test_the_running_gateway_is_asked(
     assert door.asked == [("/status", "key", f"{host}:{port}")]
 
 
-@pytest.mark.parametrize("said", [b"", b"no json", b"[1]", b'{"session_id": 3}'])
+def test_in_any_locale(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line is UTF-8, as the client reads it."""
+    door.said = json.dumps({"tiers": READY}).encode()
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, "ascii"))
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    assert main(["statusline", "--config", str(door.config)]) == 0
+    assert written.getvalue().decode() == "main · ready · 10.2 tokens/s\n"
+
+
+@pytest.mark.parametrize("said", [b"", b"no json", b"[1]", b'{"session_id": 3}', b"[" * 100_000])
 def test_a_client_that_says_nothing_of_use(
     said: bytes, door: Door, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -249,6 +259,7 @@ def test_a_config_that_cannot_be_used(
         ("listen = 'tcp:9090'", ("127.0.0.1", 9090, None)),
         ("listen = 'tcp:80:interface=\\:\\:1'", ("::1", 80, None)),
         ("listen = 'launchd:x'\nurl = 'http://[::1]:81/'", ("::1", 81, None)),
+        ("url = 'http://localhost'", ("localhost", 80, None)),
         ("token = 'x'", ("127.0.0.1", 9090, "x")),
     ],
 )

@@ -225,6 +225,10 @@ def test_a_wrong_key_is_said_before_anything_is_sent() -> None:
     assert (browser.status, browser.headers["x-should-retry"]) == (502, "false")
     assert "sk-wrong" not in browser.body.decode()
     assert scene.there.held == []
+    error = scene.tier.status()["error"]
+    assert not error["passes"]
+    assert "refuses the gateway's key (401)" in error["message"]
+    assert "sk-wrong" not in error["message"]
 
 
 def test_a_client_that_leaves_is_hung_up_for() -> None:

@@ -12,7 +12,7 @@ from gateway.llama.child import Child
 from gateway.policy.order import Rank
 from gateway.tier.line import Permit, Ticket
 from gateway.tier.tier import Tier
-from gateway.wire.errors import unavailable
+from gateway.wire.errors import ApiError, unavailable
 from tests.house import FakeLlama, Household
 
 
@@ -201,3 +201,28 @@ def test_a_server_that_is_away_is_restarted_at_once(
     assert restart(tier).called
     assert ours.did[-1] == ("restarted", 0)
     tier._is_open = True
+
+
+def test_why_a_server_says_nothing_of_itself() -> None:
+    """The status keeps the sentence until the server answers, or is another one."""
+    house = Household.built()
+    tier = house.api.dispatch.tiers["main"]
+
+    def asked() -> Any:
+        Deferred.fromCoroutine(tier.props()).addErrback(lambda failure: failure.trap(ApiError))
+        house.settle()
+        return tier.status()["error"]
+
+    assert tier.status()["error"] is None
+    house.main.status = 503
+    said = "The model of tier 'main' is not ready: Loading model"
+    assert asked() == {"message": said, "passes": True}
+    house.main.status = 401
+    assert asked()["passes"] is False
+    house.main.status = None
+    assert asked() is None
+    tier.lost()
+    house.main.status = 503
+    asked()
+    tier.lost()
+    assert tier.status()["error"] is None

@@ -507,6 +507,35 @@ def test_models_in_either_shape() -> None:
         assert got(house, "/v1/models", **headers).json["data"][0]["type"] == "model"
 
 
+def test_a_silent_server_among_the_models() -> None:
+    """The list waits 3 s for all of them together; then the silent are what they were last."""
+    house = Household.built()
+    house.main.hangs = house.small.hangs = {"/props"}
+    browser = got(house, "/v1/models")
+    assert house.main.paths() == house.small.paths() == ["/props"]
+    house.wait(3)
+    listed = [(each["display_name"], each["max_input_tokens"]) for each in browser.json["data"]]
+    assert listed == [("main: not running", None), ("small: not running", None)]
+    house.main.hangs = house.small.hangs = set()
+    got(house, "/v1/models")
+    house.wait(60)
+    house.small.hangs = {"/props"}
+    browser = got(house, "/v1/models")
+    house.wait(3)
+    listed = [(each["display_name"], each["max_input_tokens"]) for each in browser.json["data"]]
+    assert listed == [("main: fake", 4096), ("small: fake", 2048)]
+
+
+def test_who_asks_for_the_models_leaves() -> None:
+    """No server is waited for any further."""
+    house = Household.built()
+    house.main.hangs = house.small.hangs = {"/props"}
+    browser = got(house, "/v1/models")
+    browser.leave()
+    house.settle()
+    assert house.clock.getDelayedCalls() == []
+
+
 @pytest.mark.parametrize("headers", [{}, SDK])
 def test_one_model(headers: dict[str, str]) -> None:
     """A model by its name is what the list says of it; others there are none."""

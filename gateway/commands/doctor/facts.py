@@ -285,10 +285,10 @@ def _tier(
     listener = machine.listener(*where) if is_ours and not is_unix else None
     props = system = tools = Reply(0, why="nobody listens there")
     if (is_ours and is_unix) or listener is not None:
-        props = machine.ask(tier.url, "/props", key=tier.api_key)
+        props = machine.ask(tier.url, "/props", key=tier.key)
     if props.status == 200:
-        system = machine.ask(tier.url, "/apply-template", _chat(), key=tier.api_key)
-        tools = machine.ask(tier.url, "/apply-template", _chat(_TOOL), key=tier.api_key)
+        system = machine.ask(tier.url, "/apply-template", _chat(), key=tier.key)
+        tools = machine.ask(tier.url, "/apply-template", _chat(_TOOL), key=tier.key)
     words, program = _command(machine, config, tier, listener)
     return TierFacts(
         name=name,
@@ -466,7 +466,7 @@ def _text(path: Path) -> str:
 def _json(path: Path) -> Mapping[str, Json]:
     try:
         return mapping(json.loads(path.read_bytes()))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
 
 

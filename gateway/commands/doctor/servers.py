@@ -92,10 +92,12 @@ def server(facts: Facts, tier: TierFacts, say: Say) -> Iterator[Finding]:
     elif tier.listener is None and tier.props.status == 0:
         yield say("problem", f"no server answers at {url}", _start(facts, tier))
     elif tier.props.status in (401, 403):
+        kept = tier.config.api_key_env
+        where = f"`{kept}` in the environment" if kept else f"`api_key` in [tier.{tier.name}]"
         yield say(
             "problem",
             f"the server at {url} wants another key",
-            f"Set `api_key` in [tier.{tier.name}] to what the server's --api-key is",
+            f"Set {where} to what the server's --api-key is",
         )
     elif tier.props.status == 0 and tier.listener and _looks_like_llama(tier):
         yield say(

@@ -447,6 +447,12 @@ def test_a_configuration_that_is_not_there(world: World) -> None:
     assert load(world.path, KINDS).tier["main"].slots == 1
 
 
+def test_settings_nested_without_end(world: World) -> None:
+    """They are none that the client could use, and the rest is looked at."""
+    (world.home / ".claude/settings.json").write_text("[" * 100_000)
+    assert {each.check for each in look(world) if each.status != "ok"} == {"settings"}
+
+
 def test_every_mistake_is_told(world: World) -> None:
     """Each mistake of a configuration is found, and what needs none is looked at."""
     world.config["gateway"].update(graze=3, grace="long")
@@ -463,6 +469,24 @@ def test_without_the_gateway_servers_are_asked_directly(world: World) -> None:
     found = look(world)
     assert of(found, "main.window")[0].status == "problem"
     assert of(found, "main.round-trip")[0].status == "skipped"
+
+
+@pytest.mark.parametrize("kept", ["api_key", "api_key_env"])
+def test_a_server_is_shown_its_key(
+    kept: str, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it is kept; where it is another one, the remedy says where it goes."""
+    world.key = "secret"
+    for said in ("wrong", "secret"):
+        monkeypatch.setenv("MODEL_KEY", said)
+        world.config["tier.main"][kept] = said if kept == "api_key" else "MODEL_KEY"
+        found = of(look(world), "main.server")
+        assert [each.found.endswith("wants another key") for each in found] == (
+            [True] if said == "wrong" else []
+        ), found
+        place = "`api_key` in [tier.main]" if kept == "api_key" else "`MODEL_KEY` in the envir"
+        assert all(place in each.remedy for each in found)
+    assert {each.status for each in look(world)} == {"ok"}
 
 
 def test_a_tier_at_work_gets_no_work(world: World) -> None:

@@ -59,6 +59,7 @@ class World(Machine):
         tools, system: whether the model's own template takes them.
         miscounts: tokens by which counts are wrong.
         token: what the running gateway wants to see.
+        key: what the main server wants to see.
         says: what servers and models say instead, by path.
         tier: what the gateway says of its main tier.
         went: the tier that answers a call.
@@ -76,6 +77,7 @@ class World(Machine):
     system: bool = True
     miscounts: int = 0
     token: str | None = None
+    key: str | None = None
     says: dict[str, Reply] = attrs.field(factory=dict)
     tier: dict[str, Json] = attrs.field(factory=dict)
     went: str = "main"
@@ -172,6 +174,8 @@ class World(Machine):
             if key != self.token:
                 return Reply(401, {"error": {"message": "Wrong token."}})
             return self._gateway(path, body)
+        if key != self.key:
+            return Reply(401, {"error": {"message": "Invalid API Key"}})
         return self._llama(path, body)
 
     def _port(self, table: str, key: str) -> int:
