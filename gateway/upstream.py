@@ -439,7 +439,7 @@ class Upstream:
             method: of HTTP.
             path: after the base.
             body: what is sent as JSON; None for nothing.
-            headers: what is sent beside the headers of each request.
+            headers: what is sent beside the headers of each request, or in the place of one.
 
         Raises:
             ApiError: the server cannot be reached.
@@ -488,7 +488,7 @@ class Upstream:
             return self._headers
         sent = self._headers.copy()
         for name, value in headers.items():
-            sent.addRawHeader(name, value)
+            sent.setRawHeaders(name, [value])
         return sent
 
     def _untrusted(self) -> ApiError:

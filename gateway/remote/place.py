@@ -23,6 +23,9 @@ Json = Any
 #: Tokens of a window that neither the configuration nor the server says.
 UNSAID: Final = 200_000
 
+#: What the Messages API insists on; a client's own version goes before it.
+_VERSION: Final = "2023-06-01"
+
 #: Where servers say how long their context is.
 _WINDOW: Final = (
     "max_input_tokens",
@@ -59,6 +62,8 @@ class Place:
         if (key := config.key) is not None:
             bearer = {"authorization": f"Bearer {key}"}
             headers = bearer if config.shows_bearer else {"x-api-key": key}
+        if config.kind == "anthropic":
+            headers["anthropic-version"] = _VERSION
         base = base_of(config.url)
         refusal = partial(_refusal, tier)
         return cls(

@@ -45,7 +45,7 @@ class Elsewhere(Resource):
         raw = request.content.read()
         path = request.uri.decode()
         headers = {
-            name.decode().lower(): values[0].decode()
+            name.decode().lower(): ", ".join(value.decode() for value in values)
             for name, values in request.requestHeaders.getAllRawHeaders()
         }
         body = orjson.loads(raw) if raw else None

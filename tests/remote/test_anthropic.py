@@ -100,6 +100,21 @@ def test_the_key_is_the_tiers(
     assert len({"authorization", "x-api-key"} & headers.keys()) == 1
 
 
+def test_the_version_of_the_api_is_always_said() -> None:
+    """Servers insist on it: the client's, or where it says none, one that they all know."""
+    scene = Scene.of("anthropic")
+    scene.there.counts[COUNT] = {"input_tokens": 123}
+    scene.house.ask(turn(), "/v1/messages/count_tokens")
+    scene.house.ask(turn("a"))
+    scene.house.ask(turn("b"), anthropic_version="2099-01-01")
+    said = {path: headers["anthropic-version"] for path, _, headers in scene.there.asked}
+    assert said == dict.fromkeys(said, "2023-06-01")
+    assert said.keys() == {"/prefix/v1/models", COUNT, MESSAGES}
+    scene.there.held[0].answer()
+    scene.house.settle()
+    assert scene.there.asked[-1][2]["anthropic-version"] == "2099-01-01"
+
+
 def test_a_stream_is_told_as_it_comes() -> None:
     """With what only such a server says: blocks of its own tools, and what its cache cost."""
     scene = Scene.of("anthropic")
