@@ -220,7 +220,8 @@ def read_chat(raw: bytes, created: int) -> tuple[MessagesRequest, Chat]:
     body = load(raw)
     _chat(body, "")
     _refuse(body)
-    return checked(_messages_body(body), len(raw)), Chat.to(body, created)
+    request = checked(_messages_body(body), len(raw))
+    return attrs.evolve(request, is_converted=True), Chat.to(body, created)
 
 
 def _messages_body(body: Mapping[str, Json]) -> dict[str, Json]:

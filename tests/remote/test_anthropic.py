@@ -342,3 +342,56 @@ def test_a_chat_without_a_bound_gets_what_fits() -> None:
         ((body, _),) = scene.there.sent(MESSAGES)
         bounds.append(body["max_tokens"])
     assert bounds == [900, 500]
+
+
+def test_a_chat_is_said_as_the_messages_api_has_it() -> None:
+    """Nothing goes along that its client did not ask for, or that such servers refuse."""
+    chat = {
+        "model": "m",
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": "Hello.", "reasoning_content": "Hm."},
+            {"role": "assistant", "reasoning_content": "Alone."},
+            {"role": "user", "content": "And?"},
+            {"role": "system", "content": "It is late."},
+        ],
+        "max_tokens": 100,
+        "temperature": 1.5,
+        "top_p": 0.9,
+        "chat_template_kwargs": {"enable_thinking": True},
+    }
+    scene = Scene.of("anthropic")
+    scene.house.ask(chat, "/v1/chat/completions")
+    ((body, _),) = scene.there.sent(MESSAGES)
+    reminder = "\n\n<system-reminder>\nIt is late.\n</system-reminder>"
+    assert body == {
+        "model": "m",
+        "system": "Be brief.",
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "Hello."}]},
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "And?"}, {"type": "text", "text": reminder}],
+            },
+        ],
+        "max_tokens": 100,
+        "temperature": 1,
+        "top_p": 0.9,
+        "stream": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("effort", "thinking"),
+    [(None, None), ("none", {"type": "disabled"}), ("high", {"type": "adaptive"})],
+)
+def test_a_chat_thinks_there_if_its_client_says_how_much(effort: str | None, thinking: Json) -> None:
+    """Many models there know no thinking, and refuse a call that mentions it."""
+    chat = {"model": "m", "messages": [{"role": "user", "content": "a"}], "max_tokens": 9}
+    scene = Scene.of("anthropic")
+    scene.house.ask(chat | ({"reasoning_effort": effort} if effort else {}), "/v1/chat/completions")
+    ((body, _),) = scene.there.sent(MESSAGES)
+    assert body.get("thinking") == thinking
+    assert body.get("output_config") == ({"effort": "high"} if effort == "high" else None)
