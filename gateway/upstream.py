@@ -109,6 +109,8 @@ class Props:
         template: what its chat template can be told.
         template_digest: of the template's text.
         model_path: the model's file, as the server names it.
+        answer: tokens of an answer to a client that sets no bound, where the server must be told
+            one; None for as many as fit.
     """
 
     n_ctx: int
@@ -118,6 +120,7 @@ class Props:
     template: Template
     template_digest: str = ""
     model_path: str = ""
+    answer: int | None = None
 
 
 class Server(Protocol):

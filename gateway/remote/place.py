@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -23,6 +23,9 @@ Json = Any
 #: Tokens of a window that neither the configuration nor the server says.
 UNSAID: Final = 200_000
 
+#: Tokens of an answer that neither the client nor the server bounds.
+UNBOUNDED: Final = 8192
+
 #: What the Messages API insists on; a client's own version goes before it.
 _VERSION: Final = "2023-06-01"
 
@@ -35,6 +38,9 @@ _WINDOW: Final = (
     "max_context_length",
     "n_ctx",
 )
+
+#: Where servers of the Messages API say how long an answer may be.
+_ANSWER: Final = ("max_tokens",)
 
 log = Logger()
 
@@ -80,7 +86,7 @@ class Place:
             ApiError: it cannot be reached, loads, or refuses the gateway's key.
         """
         model = _model(await self._models(), self.config.model)
-        window = self.config.window or _window(model)
+        window = self.config.window or _number(model, _WINDOW)
         if window is None:
             window = UNSAID
             if not self._told:
@@ -92,7 +98,11 @@ class Place:
                     window=window,
                 )
         name = self.config.model or str(model.get("id") or "any model")
-        return Props(window, self.config.slots, name, self.config.kind, Template(vision=True))
+        answer = None
+        if self.config.kind == "anthropic":
+            answer = _number(model, _ANSWER) or UNBOUNDED
+        kind, sees = self.config.kind, Template(vision=True)
+        return Props(window, self.config.slots, name, kind, sees, answer=answer)
 
     async def _models(self) -> Json:
         answer, body = await self.upstream.fetch("GET", "/v1/models")
@@ -161,7 +171,7 @@ def _model(said: Json, wanted: str | None) -> Mapping[str, Json]:
     return found[0] if found else {}
 
 
-def _window(model: Mapping[str, Json]) -> int | None:
+def _number(model: Mapping[str, Json], keys: Sequence[str]) -> int | None:
     places = (model, model.get("meta") or {})
-    said = (each.get(key) for each in places if isinstance(each, dict) for key in _WINDOW)
+    said = (each.get(key) for each in places if isinstance(each, dict) for key in keys)
     return next((each for each in said if isinstance(each, int) and each > 0), None)

@@ -163,7 +163,7 @@ def test_a_count_is_the_servers() -> None:
     scene = Scene.of("anthropic", model="theirs")
     scene.there.counts[COUNT] = {"input_tokens": 123}
     for _ in range(2):
-        browser = scene.house.ask(RICH, "/v1/messages/count_tokens")
+        browser = scene.house.ask({**RICH, "temperature": 1}, "/v1/messages/count_tokens")
         assert browser.json == {"input_tokens": 123}
     ((body, _),) = scene.there.sent(COUNT)
     asked = {name: RICH[name] for name in RICH if name != "max_tokens"}
@@ -344,6 +344,19 @@ def test_a_chat_without_a_bound_gets_what_fits() -> None:
     assert bounds == [900, 500]
 
 
+@pytest.mark.parametrize(
+    ("listed", "bound"), [({"max_model_len": 90_000}, 8192), ({"max_tokens": 32_000}, 32_000)]
+)
+def test_a_chat_without_a_bound_in_a_long_window(listed: Json, bound: int) -> None:
+    """The server is told as much as it says that an answer may have, else a modest number."""
+    chat = {"model": "m", "messages": [{"role": "user", "content": "a"}]}
+    scene = Scene.of("anthropic")
+    scene.there.models = [{"id": "theirs", **listed}]
+    scene.house.ask(chat, "/v1/chat/completions")
+    ((body, _),) = scene.there.sent(MESSAGES)
+    assert body["max_tokens"] == bound
+
+
 def test_a_chat_is_said_as_the_messages_api_has_it() -> None:
     """Nothing goes along that its client did not ask for, or that such servers refuse."""
     chat = {
@@ -387,7 +400,9 @@ def test_a_chat_is_said_as_the_messages_api_has_it() -> None:
     ("effort", "thinking"),
     [(None, None), ("none", {"type": "disabled"}), ("high", {"type": "adaptive"})],
 )
-def test_a_chat_thinks_there_if_its_client_says_how_much(effort: str | None, thinking: Json) -> None:
+def test_a_chat_thinks_there_if_its_client_says_how_much(
+    effort: str | None, thinking: Json
+) -> None:
     """Many models there know no thinking, and refuse a call that mentions it."""
     chat = {"model": "m", "messages": [{"role": "user", "content": "a"}], "max_tokens": 9}
     scene = Scene.of("anthropic")
