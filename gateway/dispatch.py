@@ -421,7 +421,7 @@ class Dispatch:
         window = props.n_ctx
         if is_unbounded and props.answer is not None:
             wanted = props.answer
-        is_left_open = is_remote and wanted >= AS_MANY_AS_FIT
+        is_left_open = is_remote and is_unbounded and props.answer is None
         if _at_most(body) + (wanted if is_remote and not is_left_open else 0) < window:
             return wanted if is_left_open else min(wanted, window), None
         tokens = await tier.counter.count(body)

@@ -165,7 +165,7 @@ def _refusal(tier: str, answer: Answer, body: bytes) -> ApiError:
 def _model(said: Json, wanted: str | None) -> Mapping[str, Json]:
     """What a list of models says of the one that is wanted, or of the first."""
     listed = said.get("data") if isinstance(said, dict) else None
-    models = [each for each in listed or () if isinstance(each, dict)]
+    models = [each for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
     named = [each for each in models if each.get("id") == wanted]
     found = named or ([] if wanted else models)
     return found[0] if found else {}
@@ -174,4 +174,4 @@ def _model(said: Json, wanted: str | None) -> Mapping[str, Json]:
 def _number(model: Mapping[str, Json], keys: Sequence[str]) -> int | None:
     places = (model, model.get("meta") or {})
     said = (each.get(key) for each in places if isinstance(each, dict) for key in keys)
-    return next((each for each in said if isinstance(each, int) and each > 0), None)
+    return next((each for each in said if type(each) is int and each > 0), None)
