@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import orjson
@@ -261,11 +262,29 @@ def test_nonsense_is_an_error(raw: bytes) -> None:
 
 def test_what_waits_is_bounded() -> None:
     """A server that never ends its second call cannot fill the memory."""
-    chunks = Chunks(limit=1000)
+    chunks = Chunks(limit=1200)
     chunks.feed(wire(part(name="one", id="a"), part(name="two", id="b", index=1), done=False))
     chunks.feed(wire(part("x" * 900, 1), done=False))
     with pytest.raises(EventTooLong):
         chunks.feed(wire(part("x" * 101, 1), done=False))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        lambda n: [part(index=n, name="one", id=f"call_{n}")],
+        lambda n: [part(index=n), part(index=n, name="x" * 900)],
+        lambda n: [part(index=n), part(index=n, id="x" * 900)],
+        lambda n: [part(index=0, name="one", id="a"), chunk(content=" "), chunk(reasoning="x")],
+    ],
+    ids=["calls", "names", "ids", "words"],
+)
+def test_what_says_nothing_is_bounded_too(more: Callable[[int], list[Json]]) -> None:
+    """Each call and each block of words takes room, whatever it says."""
+    chunks = Chunks(limit=100_000)
+    with pytest.raises(EventTooLong):
+        for number in range(1000):
+            chunks.feed(wire(*more(number), done=False))
 
 
 def test_other_choices_are_left_out() -> None:
