@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Mapping
 from enum import Enum
 from functools import cache
+from http.cookiejar import DefaultCookiePolicy
 from pathlib import Path
 from typing import Any, Final, Protocol, cast
 from urllib.parse import urlsplit
@@ -21,6 +22,7 @@ import attrs
 import orjson
 from hyperlink import EncodedURL
 from treq.client import HTTPClient
+from treq.cookies import IndexableCookieJar
 from twisted.internet.defer import CancelledError, Deferred, succeed
 from twisted.internet.defer import TimeoutError as TimedOut
 from twisted.internet.endpoints import HostnameEndpoint, clientFromString, wrapClientTLS
@@ -79,6 +81,9 @@ _CERTIFICATE: Final = re.compile(
 
 #: Where a system keeps the certificates that it trusts, if OpenSSL was not told at its build.
 _TRUSTED: Final = Path("/etc/ssl/cert.pem")
+
+#: Calls of different clients are nothing to each other.
+_NO_COOKIES: Final = DefaultCookiePolicy(allowed_domains=())
 
 # Twisted would log the start and the end of each connection.
 _HTTP11ClientFactory.noisy = False
@@ -551,7 +556,8 @@ def http_client(reactor: Any, url: str, ca_file: Path | None = None) -> HTTPClie
         place = url if parts.scheme == "unix" else f"http://{parts.netloc}"
         endpoint = clientFromString(reactor, upstream_endpoint(place))
     pool = HTTPConnectionPool(reactor, persistent=False)
-    return HTTPClient(Agent.usingEndpointFactory(reactor, _Always(endpoint), pool))
+    agent = Agent.usingEndpointFactory(reactor, _Always(endpoint), pool)
+    return HTTPClient(agent, IndexableCookieJar(_NO_COOKIES))
 
 
 def _roots(path: Path) -> Any:

@@ -50,6 +50,7 @@ class Elsewhere(Resource):
         }
         body = orjson.loads(raw) if raw else None
         self.asked.append((path, body, headers))
+        request.setHeader("set-cookie", "theirs=1; Path=/")
         if self.gone:
             request.channel.transport.abortConnection()  # type: ignore[union-attr]
             return NOT_DONE_YET
