@@ -23,6 +23,7 @@ import orjson
 from hyperlink import EncodedURL
 from treq.client import HTTPClient
 from treq.cookies import IndexableCookieJar
+from twisted.internet import ssl
 from twisted.internet.defer import CancelledError, Deferred, succeed
 from twisted.internet.defer import TimeoutError as TimedOut
 from twisted.internet.endpoints import HostnameEndpoint, clientFromString, wrapClientTLS
@@ -514,7 +515,7 @@ class Upstream:
 
 
 def _is_about_trust(error: BaseException) -> bool:
-    """Whether this is OpenSSL's, which is not loaded where no tier needs it."""
+    """Whether this is OpenSSL's, or of the check of a certificate's name."""
     return type(error).__module__.startswith(("OpenSSL", "service_identity"))
 
 
@@ -545,8 +546,6 @@ def http_client(reactor: Any, url: str, ca_file: Path | None = None) -> HTTPClie
     endpoint: IStreamClientEndpoint
     parts = urlsplit(url)
     if parts.scheme == "https":
-        from twisted.internet import ssl  # OpenSSL takes a while, and most tiers need none
-
         host = parts.hostname or ""
         trusted = ca_file or (_TRUSTED if _TRUSTED.exists() else None)
         roots = ssl.platformTrust() if trusted is None else _roots(trusted)
@@ -562,8 +561,6 @@ def http_client(reactor: Any, url: str, ca_file: Path | None = None) -> HTTPClie
 
 def _roots(path: Path) -> Any:
     """The certificates in a PEM file, as what is trusted."""
-    from twisted.internet import ssl
-
     found = _CERTIFICATE.findall(path.read_bytes())
     return ssl.trustRootFromCertificates([ssl.Certificate.loadPEM(each) for each in found])
 
