@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import orjson
@@ -270,21 +269,19 @@ def test_what_waits_is_bounded() -> None:
 
 
 @pytest.mark.parametrize(
-    "more",
+    "said",
     [
-        lambda n: [part(index=n, name="one", id=f"call_{n}")],
-        lambda n: [part(index=n), part(index=n, name="x" * 900)],
-        lambda n: [part(index=n), part(index=n, id="x" * 900)],
-        lambda n: [part(index=0, name="one", id="a"), chunk(content=" "), chunk(reasoning="x")],
+        [part(index=n, name="one", id=f"call_{n}") for n in range(1000)],
+        [each for n in range(500) for each in (part(index=n), part(index=n, name="x" * 900))],
+        [each for n in range(500) for each in (part(index=n), part(index=n, id="x" * 900))],
+        [part(name="one", id="a"), *[chunk(content=" "), chunk(reasoning="x")] * 1000],
     ],
     ids=["calls", "names", "ids", "words"],
 )
-def test_what_says_nothing_is_bounded_too(more: Callable[[int], list[Json]]) -> None:
+def test_what_says_nothing_is_bounded_too(said: list[Json]) -> None:
     """Each call and each block of words takes room, whatever it says."""
-    chunks = Chunks(limit=100_000)
     with pytest.raises(EventTooLong):
-        for number in range(1000):
-            chunks.feed(wire(*more(number), done=False))
+        Chunks(limit=100_000).feed(wire(*said, done=False))
 
 
 def test_other_choices_are_left_out() -> None:
