@@ -268,7 +268,7 @@ class Dispatch:
                 record.tier, record.rule = route.tier, route.rule
                 caller.routed(route.tier, "count", route.degraded)
                 try:
-                    tokens = await tier.counter.count(body)
+                    tokens = await tier.counter.count(body, headers)
                 except Unavailable:
                     lost += 1
                     if lost > tier.config.resends:

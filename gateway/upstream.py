@@ -144,8 +144,16 @@ class Server(Protocol):
     async def busy_slots(self) -> int:
         """How many calls it works on, as far as that can be asked."""
 
-    async def count_body(self, body: Mapping[str, Json]) -> int | None:
-        """The tokens of the prompt of a prepared body; None where it counts none."""
+    async def count_body(
+        self, body: Mapping[str, Json], headers: Mapping[str, str] | None = None
+    ) -> int | None:
+        """
+        The tokens of the prompt of a prepared body; None where it counts none.
+
+        Args:
+            body: a prepared body, Messages-shaped.
+            headers: the client's own, names in lower case.
+        """
 
     async def messages(
         self, body: Mapping[str, Json], headers: Mapping[str, str] | None = None
@@ -377,7 +385,12 @@ class Upstream:
     # --- how it is asked --------------------------------------------------------------------------
 
     async def fetch(
-        self, method: str, path: str, body: Json = None, patience: float = PATIENCE
+        self,
+        method: str,
+        path: str,
+        body: Json = None,
+        patience: float = PATIENCE,
+        headers: Mapping[str, str] | None = None,
     ) -> tuple[Answer, bytes]:
         """
         The answer to a question and its body, within so many seconds.
@@ -387,7 +400,7 @@ class Upstream:
         """
 
         async def asking() -> tuple[Answer, bytes]:
-            answer = await self.request(method, path, body)
+            answer = await self.request(method, path, body, headers)
             return answer, await answer.read()
 
         asked = Deferred.fromCoroutine(asking())

@@ -64,9 +64,13 @@ class Anthropic:
             body["model"] = self._place.config.model
         return body
 
-    async def count_body(self, body: Mapping[str, Json]) -> int | None:
+    async def count_body(
+        self, body: Mapping[str, Json], headers: Mapping[str, str] | None = None
+    ) -> int | None:
         asked = {name: body[name] for name in body if name not in _UNCOUNTED}
-        return await self._place.count("/v1/messages/count_tokens", asked, "input_tokens")
+        return await self._place.count(
+            "/v1/messages/count_tokens", asked, "input_tokens", passed_on(headers or {})
+        )
 
     async def messages(
         self, body: Mapping[str, Json], headers: Mapping[str, str] | None = None

@@ -148,9 +148,15 @@ class Place:
             log.debug("tier {tier}: its server calls this {id}", tier=self.tier, id=theirs[:100])
         return answer
 
-    async def count(self, path: str, body: Mapping[str, Json], key: str) -> int | None:
+    async def count(
+        self,
+        path: str,
+        body: Mapping[str, Json],
+        key: str,
+        headers: Mapping[str, str] | None = None,
+    ) -> int | None:
         """The number that `key` has in an answer; None where there is no such endpoint."""
-        answer, raw = await self.upstream.fetch("POST", path, body)
+        answer, raw = await self.upstream.fetch("POST", path, body, headers=headers)
         if answer.status in (404, 405, 501):
             return None
         said = self.upstream.parsed(answer, raw)

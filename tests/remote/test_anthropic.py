@@ -163,9 +163,11 @@ def test_a_count_is_the_servers() -> None:
     scene = Scene.of("anthropic", model="theirs")
     scene.there.counts[COUNT] = {"input_tokens": 123}
     for _ in range(2):
-        browser = scene.house.ask({**RICH, "temperature": 1}, "/v1/messages/count_tokens")
+        body = {**RICH, "temperature": 1}
+        browser = scene.house.ask(body, "/v1/messages/count_tokens", anthropic_beta="a,b")
         assert browser.json == {"input_tokens": 123}
-    ((body, _),) = scene.there.sent(COUNT)
+    ((body, headers),) = scene.there.sent(COUNT)
+    assert headers["anthropic-beta"] == "a,b"
     asked = {name: RICH[name] for name in RICH if name != "max_tokens"}
     assert body == {**asked, "model": "theirs"}
 
