@@ -33,6 +33,7 @@ from gateway.tier.tier import Tier
 from gateway.upstream import Lost
 from gateway.wire import openai
 from gateway.wire import request as wire
+from gateway.wire.chat import AS_MANY_AS_FIT
 from gateway.wire.dialect import MESSAGES, Dialect
 from gateway.wire.errors import ApiError, Unavailable, down, invalid, prompt_too_long, unavailable
 from gateway.wire.events import Repair, Truncated
@@ -265,7 +266,7 @@ class Dispatch:
                 record.tier, record.rule = route.tier, route.rule
                 caller.routed(route.tier, "count", route.degraded)
                 try:
-                    tokens = await tier.counter.count(body)
+                    tokens = await tier.counter.count(body, headers)
                 except Unavailable:
                     lost += 1
                     if lost > tier.config.resends:
@@ -419,23 +420,31 @@ class Dispatch:
 
         The prompt is counted only where the size of the body does not rule an overflow out.  Other
         servers than a llama-server refuse an answer that would not fit as well, so there both
-        count; one that gets what the client sent is left to refuse it itself.  Where nobody can
-        count, a client that wants all there is room for gets half the window.
+        count; one that gets what the client sent is left to refuse it itself.  A client that sets
+        no bound leaves it to a chat server, which is told none either; a server of the Messages API
+        has to be told one, of at most half the window where nobody can count.
 
         Raises:
             ApiError: 400, the prompt itself does not fit.
         """
-        wanted = int(body["max_tokens"])
-        if tier.remote is not None and tier.remote.is_verbatim and wanted < openai.AS_MANY_AS_FIT:
+        wanted, is_remote = int(body["max_tokens"]), tier.remote is not None
+        is_unbounded = wanted >= AS_MANY_AS_FIT
+        if tier.remote is not None and tier.remote.is_verbatim and not is_unbounded:
             return wanted, None
-        window = (await tier.props()).n_ctx
-        if _at_most(body) + (wanted if tier.remote is not None else 0) < window:
-            return min(wanted, window), None
+        props = await tier.props()
+        window = props.n_ctx
+        if is_unbounded and props.answer is not None:
+            wanted = props.answer
+        is_left_open = is_remote and is_unbounded and props.answer is None
+        if _at_most(body) + (wanted if is_remote and not is_left_open else 0) < window:
+            return wanted if is_left_open else min(wanted, window), None
         tokens = await tier.counter.count(body)
-        if tokens is None:
-            return min(wanted, window) if wanted < openai.AS_MANY_AS_FIT else window // 2, None
-        if tokens >= window:
+        if tokens is not None and tokens >= window:
             raise prompt_too_long(tokens, window)
+        if is_left_open:
+            return wanted, tokens
+        if tokens is None:
+            return min(wanted, window // 2 if is_unbounded else window), None
         return min(wanted, window - tokens), tokens
 
     async def _in_time(self, ready: _Prepared, headers: Mapping[str, str]) -> Callable[[], None]:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Mapping
 from enum import Enum
 from functools import cache
+from http.cookiejar import DefaultCookiePolicy
 from pathlib import Path
 from typing import Any, Final, Protocol, cast
 from urllib.parse import urlsplit
@@ -21,6 +22,8 @@ import attrs
 import orjson
 from hyperlink import EncodedURL
 from treq.client import HTTPClient
+from treq.cookies import IndexableCookieJar
+from twisted.internet import ssl
 from twisted.internet.defer import CancelledError, Deferred, succeed
 from twisted.internet.defer import TimeoutError as TimedOut
 from twisted.internet.endpoints import HostnameEndpoint, clientFromString, wrapClientTLS
@@ -80,6 +83,9 @@ _CERTIFICATE: Final = re.compile(
 #: Where a system keeps the certificates that it trusts, if OpenSSL was not told at its build.
 _TRUSTED: Final = Path("/etc/ssl/cert.pem")
 
+#: Calls of different clients are nothing to each other.
+_NO_COOKIES: Final = DefaultCookiePolicy(allowed_domains=())
+
 # Twisted would log the start and the end of each connection.
 _HTTP11ClientFactory.noisy = False
 
@@ -109,6 +115,8 @@ class Props:
         template: what its chat template can be told.
         template_digest: of the template's text.
         model_path: the model's file, as the server names it.
+        answer: tokens of an answer to a client that sets no bound, where the server must be told
+            one; None for as many as fit.
     """
 
     n_ctx: int
@@ -118,6 +126,7 @@ class Props:
     template: Template
     template_digest: str = ""
     model_path: str = ""
+    answer: int | None = None
 
 
 class Server(Protocol):
@@ -135,8 +144,16 @@ class Server(Protocol):
     async def busy_slots(self) -> int:
         """How many calls it works on, as far as that can be asked."""
 
-    async def count_body(self, body: Mapping[str, Json]) -> int | None:
-        """The tokens of the prompt of a prepared body; None where it counts none."""
+    async def count_body(
+        self, body: Mapping[str, Json], headers: Mapping[str, str] | None = None
+    ) -> int | None:
+        """
+        The tokens of the prompt of a prepared body; None where it counts none.
+
+        Args:
+            body: a prepared body, Messages-shaped.
+            headers: the client's own, names in lower case.
+        """
 
     async def messages(
         self, body: Mapping[str, Json], headers: Mapping[str, str] | None = None
@@ -368,7 +385,12 @@ class Upstream:
     # --- how it is asked --------------------------------------------------------------------------
 
     async def fetch(
-        self, method: str, path: str, body: Json = None, patience: float = PATIENCE
+        self,
+        method: str,
+        path: str,
+        body: Json = None,
+        patience: float = PATIENCE,
+        headers: Mapping[str, str] | None = None,
     ) -> tuple[Answer, bytes]:
         """
         The answer to a question and its body, within so many seconds.
@@ -378,7 +400,7 @@ class Upstream:
         """
 
         async def asking() -> tuple[Answer, bytes]:
-            answer = await self.request(method, path, body)
+            answer = await self.request(method, path, body, headers)
             return answer, await answer.read()
 
         asked = Deferred.fromCoroutine(asking())
@@ -439,7 +461,7 @@ class Upstream:
             method: of HTTP.
             path: after the base.
             body: what is sent as JSON; None for nothing.
-            headers: what is sent beside the headers of each request.
+            headers: what is sent beside the headers of each request, or in the place of one.
 
         Raises:
             ApiError: the server cannot be reached.
@@ -488,7 +510,7 @@ class Upstream:
             return self._headers
         sent = self._headers.copy()
         for name, value in headers.items():
-            sent.addRawHeader(name, value)
+            sent.setRawHeaders(name, [value])
         return sent
 
     def _untrusted(self) -> ApiError:
@@ -506,7 +528,7 @@ class Upstream:
 
 
 def _is_about_trust(error: BaseException) -> bool:
-    """Whether this is OpenSSL's, which is not loaded where no tier needs it."""
+    """Whether this is OpenSSL's, or of the check of a certificate's name."""
     return type(error).__module__.startswith(("OpenSSL", "service_identity"))
 
 
@@ -537,8 +559,6 @@ def http_client(reactor: Any, url: str, ca_file: Path | None = None) -> HTTPClie
     endpoint: IStreamClientEndpoint
     parts = urlsplit(url)
     if parts.scheme == "https":
-        from twisted.internet import ssl  # OpenSSL takes a while, and most tiers need none
-
         host = parts.hostname or ""
         trusted = ca_file or (_TRUSTED if _TRUSTED.exists() else None)
         roots = ssl.platformTrust() if trusted is None else _roots(trusted)
@@ -548,13 +568,12 @@ def http_client(reactor: Any, url: str, ca_file: Path | None = None) -> HTTPClie
         place = url if parts.scheme == "unix" else f"http://{parts.netloc}"
         endpoint = clientFromString(reactor, upstream_endpoint(place))
     pool = HTTPConnectionPool(reactor, persistent=False)
-    return HTTPClient(Agent.usingEndpointFactory(reactor, _Always(endpoint), pool))
+    agent = Agent.usingEndpointFactory(reactor, _Always(endpoint), pool)
+    return HTTPClient(agent, IndexableCookieJar(_NO_COOKIES))
 
 
 def _roots(path: Path) -> Any:
     """The certificates in a PEM file, as what is trusted."""
-    from twisted.internet import ssl
-
     found = _CERTIFICATE.findall(path.read_bytes())
     return ssl.trustRootFromCertificates([ssl.Certificate.loadPEM(each) for each in found])
 

@@ -66,6 +66,15 @@ async def test_a_server_that_its_certificate_vouches_for(secure: Secure) -> None
     assert headers["host"].startswith("localhost:")
 
 
+@pytest_twisted.ensureDeferred  # type: ignore[untyped-decorator]
+async def test_cookies_are_not_kept(secure: Secure) -> None:
+    """What a server gives with one call does not go along with another client's."""
+    client = secure.client()
+    for _ in range(2):
+        await client.props()
+    assert ["cookie" in headers for _, _, headers in secure.there.asked] == [False, False]
+
+
 @pytest.mark.parametrize(
     ("host", "trusted"), [("127.0.0.1", True), ("localhost", False)], ids=["name", "certificate"]
 )

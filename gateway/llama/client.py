@@ -150,7 +150,11 @@ class LlamaClient:
         said = await self._upstream.ask("POST", "/v1/messages/count_tokens", body)
         return int(said["input_tokens"])
 
-    async def count_body(self, body: Mapping[str, Json]) -> int:
+    async def count_body(
+        self,
+        body: Mapping[str, Json],
+        headers: Mapping[str, str] | None = None,  # noqa: ARG002  # it reads none
+    ) -> int:
         """
         The tokens of the prompt that `body`, a prepared one, renders to.
 

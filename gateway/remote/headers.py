@@ -1,8 +1,8 @@
 """
 Which of a client's headers go on to a server of the Messages API.
 
-The rule is open, since betas and versions to come must pass: all of ``anthropic-*`` and ``x-*``,
-and who asks.  Never what is about this connection, who may come in, or where the client is.
+Betas and versions to come must pass, so their prefixes do, and who asks.  Nothing else: never what
+is about this connection, who may come in, where the client is, or who a proxy says that it is.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-_PASSED: Final = ("anthropic-", "x-")
-_ALONE: Final = frozenset({"user-agent"})
+_PASSED: Final = ("anthropic-", "x-stainless-", "x-claude-")
+_ALONE: Final = frozenset({"user-agent", "x-app"})
 
-#: What may be a secret between the client and us, or is about the way to us.
+#: What may be a secret between the client and us.
 _SECRET: Final = ("auth", "key", "token", "secret", "cookie", "credential")
-_KEPT: Final = ("x-forwarded", "x-real-ip", "x-claudegw-", "x-client-ip", "x-http-method")
 
 
 def passed_on(headers: Mapping[str, str]) -> dict[str, str]:
@@ -24,6 +23,5 @@ def passed_on(headers: Mapping[str, str]) -> dict[str, str]:
         name: value
         for name, value in headers.items()
         if (name in _ALONE or name.startswith(_PASSED))
-        and not name.startswith(_KEPT)
         and not any(word in name for word in _SECRET)
     }

@@ -70,7 +70,11 @@ class OpenAI:
         said = chat.request(body, strict=self._place.config.strict)
         return {"model": body["model"], **said}
 
-    async def count_body(self, body: Mapping[str, Json]) -> int | None:
+    async def count_body(
+        self,
+        body: Mapping[str, Json],
+        headers: Mapping[str, str] | None = None,  # noqa: ARG002  # they are another API's
+    ) -> int | None:
         said = self._asked({"max_tokens": 1, **body})
         asked: dict[str, Json] = {name: said[name] for name in _COUNTED if name in said}
         # The first is llama-server's, the second vLLM's.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -23,6 +23,12 @@ Json = Any
 #: Tokens of a window that neither the configuration nor the server says.
 UNSAID: Final = 200_000
 
+#: Tokens of an answer that neither the client nor the server bounds.
+UNBOUNDED: Final = 8192
+
+#: What the Messages API insists on; a client's own version goes before it.
+_VERSION: Final = "2023-06-01"
+
 #: Where servers say how long their context is.
 _WINDOW: Final = (
     "max_input_tokens",
@@ -32,6 +38,9 @@ _WINDOW: Final = (
     "max_context_length",
     "n_ctx",
 )
+
+#: Where servers of the Messages API say how long an answer may be.
+_ANSWER: Final = ("max_tokens",)
 
 log = Logger()
 
@@ -59,6 +68,8 @@ class Place:
         if (key := config.key) is not None:
             bearer = {"authorization": f"Bearer {key}"}
             headers = bearer if config.shows_bearer else {"x-api-key": key}
+        if config.kind == "anthropic":
+            headers["anthropic-version"] = _VERSION
         base = base_of(config.url)
         refusal = partial(_refusal, tier)
         return cls(
@@ -75,7 +86,7 @@ class Place:
             ApiError: it cannot be reached, loads, or refuses the gateway's key.
         """
         model = _model(await self._models(), self.config.model)
-        window = self.config.window or _window(model)
+        window = self.config.window or _number(model, _WINDOW)
         if window is None:
             window = UNSAID
             if not self._told:
@@ -87,7 +98,11 @@ class Place:
                     window=window,
                 )
         name = self.config.model or str(model.get("id") or "any model")
-        return Props(window, self.config.slots, name, self.config.kind, Template(vision=True))
+        answer = None
+        if self.config.kind == "anthropic":
+            answer = _number(model, _ANSWER) or UNBOUNDED
+        kind, sees = self.config.kind, Template(vision=True)
+        return Props(window, self.config.slots, name, kind, sees, answer=answer)
 
     async def _models(self) -> Json:
         answer, body = await self.upstream.fetch("GET", "/v1/models")
@@ -133,9 +148,15 @@ class Place:
             log.debug("tier {tier}: its server calls this {id}", tier=self.tier, id=theirs[:100])
         return answer
 
-    async def count(self, path: str, body: Mapping[str, Json], key: str) -> int | None:
+    async def count(
+        self,
+        path: str,
+        body: Mapping[str, Json],
+        key: str,
+        headers: Mapping[str, str] | None = None,
+    ) -> int | None:
         """The number that `key` has in an answer; None where there is no such endpoint."""
-        answer, raw = await self.upstream.fetch("POST", path, body)
+        answer, raw = await self.upstream.fetch("POST", path, body, headers=headers)
         if answer.status in (404, 405, 501):
             return None
         said = self.upstream.parsed(answer, raw)
@@ -150,13 +171,13 @@ def _refusal(tier: str, answer: Answer, body: bytes) -> ApiError:
 def _model(said: Json, wanted: str | None) -> Mapping[str, Json]:
     """What a list of models says of the one that is wanted, or of the first."""
     listed = said.get("data") if isinstance(said, dict) else None
-    models = [each for each in listed or () if isinstance(each, dict)]
+    models = [each for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
     named = [each for each in models if each.get("id") == wanted]
     found = named or ([] if wanted else models)
     return found[0] if found else {}
 
 
-def _window(model: Mapping[str, Json]) -> int | None:
+def _number(model: Mapping[str, Json], keys: Sequence[str]) -> int | None:
     places = (model, model.get("meta") or {})
-    said = (each.get(key) for each in places if isinstance(each, dict) for key in _WINDOW)
-    return next((each for each in said if isinstance(each, int) and each > 0), None)
+    said = (each.get(key) for each in places if isinstance(each, dict) for key in keys)
+    return next((each for each in said if type(each) is int and each > 0), None)

@@ -21,13 +21,15 @@ _KINDS: Final = {status: kind for kind, status in STATUSES.items()}
 _OVERFLOW: Final = re.compile(
     r"context length|context window|context size|context_length|too long", re.IGNORECASE
 )
+_TOKENS: Final = r"(?<!\d)(\d{1,12})(?!\d)"
 _WINDOW: Final = re.compile(
-    r"(?:context (?:length|window|size)|model length)\D{0,30}?(\d+)", re.IGNORECASE
+    rf"(?:context (?:length|window|size)|model length)\D{{0,30}}?{_TOKENS}", re.IGNORECASE
 )
 _PROMPT: Final = re.compile(
-    r"(\d+) (?:input tokens|(?:tokens )?(?:in|from) the (?:messages|input|prompt))", re.IGNORECASE
+    rf"{_TOKENS} (?:input tokens|(?:tokens )?(?:in|from) the (?:messages|input|prompt))",
+    re.IGNORECASE,
 )
-_ANSWER: Final = re.compile(r"(\d+) (?:output tokens|in the completion)", re.IGNORECASE)
+_ANSWER: Final = re.compile(rf"{_TOKENS} (?:output tokens|in the completion)", re.IGNORECASE)
 
 
 def read(status: int, body: bytes, header: Callable[[str], str], tier: str) -> ApiError:
@@ -45,6 +47,11 @@ def read(status: int, body: bytes, header: Callable[[str], str], tier: str) -> A
     wait = _seconds(header("retry-after"))
     if 300 <= status < 400:
         return _settled(f"The server of tier {tier!r} lives elsewhere; set url in [tier.{tier}].")
+    if not 400 <= status < 600:
+        return _settled(
+            f"The server of tier {tier!r} answers with HTTP status {status}, which means neither"
+            f" an answer nor an error; look at url and kind in [tier.{tier}]."
+        )
     if status in (401, 403):  # its words may hold a part of the key
         return _settled(
             f"The server of tier {tier!r} refuses the gateway's key ({status});"

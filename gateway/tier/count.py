@@ -42,9 +42,15 @@ class Counter:
         factory=lambda: DeferredSemaphore(_AT_ONCE), init=False
     )
 
-    async def count(self, body: Mapping[str, Json]) -> int | None:
+    async def count(
+        self, body: Mapping[str, Json], headers: Mapping[str, str] | None = None
+    ) -> int | None:
         """
         The tokens of the prompt that `body`, a prepared one, renders to; None where nobody can say.
+
+        Args:
+            body: Messages-shaped.
+            headers: the client's own, names in lower case: a server elsewhere may need its betas.
 
         Raises:
             ApiError: the server is down, or cannot render it.
@@ -55,7 +61,7 @@ class Counter:
             self._known.move_to_end(key)
             return self._known[key]
         async with self._turnstile:
-            tokens = await self.client.count_body(body)
+            tokens = await self.client.count_body(body, headers)
         if tokens is None:
             return None
         self._known[key] = tokens

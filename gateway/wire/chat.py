@@ -11,11 +11,14 @@ that one step by step, what it drops included; what it drops or misplaces is men
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import orjson
 
 Json = Any
+
+#: More tokens than any window has: the bound of a call that says none.
+AS_MANY_AS_FIT: Final = 2**31 - 1
 
 
 def from_messages(body: Mapping[str, Json]) -> dict[str, Json]:
@@ -141,8 +144,9 @@ def request(body: Mapping[str, Json], *, strict: bool) -> dict[str, Json]:
         "messages": _plain(plain["messages"], strict),
         "stream": True,
         "stream_options": {"include_usage": True},
-        "max_completion_tokens" if strict else "max_tokens": body["max_tokens"],
     }
+    if body["max_tokens"] < AS_MANY_AS_FIT:
+        chat["max_completion_tokens" if strict else "max_tokens"] = body["max_tokens"]
     if plain.get("tools"):
         chat["tools"] = plain["tools"]
         if "tool_choice" in plain:

@@ -34,6 +34,9 @@ _STOP_REASONS: Final[Mapping[str, str]] = {
     "content_filter": "refusal",
 }
 
+#: Bytes that a block costs before it says anything.
+_BLOCK: Final = 100
+
 #: Where the stop sequence that was met is said, by servers that say it.
 _STOPPED_BY: Final = ("stop_reason", "matched_stop")
 
@@ -78,8 +81,8 @@ class Chunks:
     Bytes of chat chunks in, Messages events out; the whole may be fed to `Repair`.
 
     Attributes:
-        limit: bytes that may be kept of one event, and of the calls that wait; beyond, `feed`
-            raises `EventTooLong`.
+        limit: bytes that may be kept of one event, and of all calls; beyond, `feed` raises
+            `EventTooLong`.
     """
 
     limit: int = 8 * 1024 * 1024
@@ -149,6 +152,7 @@ class Chunks:
             raise TypeError(words)
         if self._calls:  # a call may have parts to come
             if not self._waiting or self._waiting[-1].kind != kind:
+                self._count(_BLOCK)
                 self._waiting.append(_Block(kind))
             self._keep(self._waiting[-1], words)
             return
@@ -161,9 +165,11 @@ class Chunks:
         arguments = function.get("arguments") or ""
         if not isinstance(arguments, str):
             arguments = orjson.dumps(arguments).decode()
+        name, identity = str(function.get("name") or ""), str(call.get("id") or "")
         block = self._of(call)
         if block is None:
-            block = _Block("tool_use", str(call.get("id") or ""), str(function.get("name") or ""))
+            self._count(_BLOCK + len(name) + len(identity))
+            block = _Block("tool_use", identity, name)
             self._calls.append(block)
             if len(self._calls) == 1 and block.name:
                 yield from self._begin(block)
@@ -172,8 +178,10 @@ class Chunks:
             if "index" in call:
                 self._by_index[call["index"]] = block
         else:
-            block.name = block.name or str(function.get("name") or "")
-            block.id = block.id or str(call.get("id") or "")
+            self._count(0 if block.name else len(name))
+            self._count(0 if block.id else len(identity))
+            block.name = block.name or name
+            block.id = block.id or identity
         if block is not self._open:
             self._keep(block, arguments)
         elif arguments:
@@ -192,10 +200,13 @@ class Chunks:
         return None if is_another else known
 
     def _keep(self, block: _Block, part: str) -> None:
-        self._kept += len(part)
+        self._count(len(part))
+        block.kept.append(part)
+
+    def _count(self, size: int) -> None:
+        self._kept += size
         if self._kept > self.limit:
             raise EventTooLong(f"tool calls of more than {self.limit} characters")
-        block.kept.append(part)
 
     # --- blocks -----------------------------------------------------------------------------------
 

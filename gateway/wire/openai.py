@@ -26,6 +26,7 @@ from typing import Any, Final
 import attrs
 import orjson
 
+from gateway.wire.chat import AS_MANY_AS_FIT
 from gateway.wire.checks import (
     Check,
     anything,
@@ -45,9 +46,6 @@ from gateway.wire.errors import invalid
 from gateway.wire.request import MessagesRequest, checked, load, not_too_deep
 
 Json = Any
-
-#: More tokens than any window has: the bound of a call that says none.
-AS_MANY_AS_FIT: Final = 2**31 - 1
 
 #: What a bare prompt gets where nobody says how much (the API's own default).
 _FEW: Final = 16
@@ -220,7 +218,8 @@ def read_chat(raw: bytes, created: int) -> tuple[MessagesRequest, Chat]:
     body = load(raw)
     _chat(body, "")
     _refuse(body)
-    return checked(_messages_body(body), len(raw)), Chat.to(body, created)
+    request = checked(_messages_body(body), len(raw))
+    return attrs.evolve(request, is_converted=True), Chat.to(body, created)
 
 
 def _messages_body(body: Mapping[str, Json]) -> dict[str, Json]:

@@ -40,10 +40,12 @@ class MessagesRequest:
     Attributes:
         body: the body as it came.  Whoever wants another one makes a copy.
         size: its length in bytes, on the wire.
+        is_converted: whether it came in another API's words.
     """
 
     body: Mapping[str, Json]
     size: int
+    is_converted: bool = attrs.field(default=False, kw_only=True)
 
     @property
     def model(self) -> str:

@@ -36,7 +36,7 @@ class Elsewhere(Resource):
         super().__init__()
         self.asked: list[tuple[str, Any, dict[str, str]]] = []
         self.held: list[Held] = []
-        self.models: list[Json] | int = [{"id": "theirs", "max_model_len": 5000}]
+        self.models: Json = [{"id": "theirs", "max_model_len": 5000}]
         self.counts: dict[str, Json] = {}
         self.gone = False
 
@@ -45,16 +45,17 @@ class Elsewhere(Resource):
         raw = request.content.read()
         path = request.uri.decode()
         headers = {
-            name.decode().lower(): values[0].decode()
+            name.decode().lower(): ", ".join(value.decode() for value in values)
             for name, values in request.requestHeaders.getAllRawHeaders()
         }
         body = orjson.loads(raw) if raw else None
         self.asked.append((path, body, headers))
+        request.setHeader("set-cookie", "theirs=1; Path=/")
         if self.gone:
             request.channel.transport.abortConnection()  # type: ignore[union-attr]
             return NOT_DONE_YET
         if path.endswith("/v1/models"):
-            if isinstance(self.models, int):
+            if isinstance(self.models, int) and self.models >= 200:
                 request.setResponseCode(self.models)
                 return b"{}"
             return orjson.dumps({"data": self.models})

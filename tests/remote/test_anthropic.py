@@ -100,6 +100,21 @@ def test_the_key_is_the_tiers(
     assert len({"authorization", "x-api-key"} & headers.keys()) == 1
 
 
+def test_the_version_of_the_api_is_always_said() -> None:
+    """Servers insist on it: the client's, or where it says none, one that they all know."""
+    scene = Scene.of("anthropic")
+    scene.there.counts[COUNT] = {"input_tokens": 123}
+    scene.house.ask(turn(), "/v1/messages/count_tokens")
+    scene.house.ask(turn("a"))
+    scene.house.ask(turn("b"), anthropic_version="2099-01-01")
+    said = {path: headers["anthropic-version"] for path, _, headers in scene.there.asked}
+    assert said == dict.fromkeys(said, "2023-06-01")
+    assert said.keys() == {"/prefix/v1/models", COUNT, MESSAGES}
+    scene.there.held[0].answer()
+    scene.house.settle()
+    assert scene.there.asked[-1][2]["anthropic-version"] == "2099-01-01"
+
+
 def test_a_stream_is_told_as_it_comes() -> None:
     """With what only such a server says: blocks of its own tools, and what its cache cost."""
     scene = Scene.of("anthropic")
@@ -148,9 +163,11 @@ def test_a_count_is_the_servers() -> None:
     scene = Scene.of("anthropic", model="theirs")
     scene.there.counts[COUNT] = {"input_tokens": 123}
     for _ in range(2):
-        browser = scene.house.ask(RICH, "/v1/messages/count_tokens")
+        body = {**RICH, "temperature": 1}
+        browser = scene.house.ask(body, "/v1/messages/count_tokens", anthropic_beta="a,b")
         assert browser.json == {"input_tokens": 123}
-    ((body, _),) = scene.there.sent(COUNT)
+    ((body, headers),) = scene.there.sent(COUNT)
+    assert headers["anthropic-beta"] == "a,b"
     asked = {name: RICH[name] for name in RICH if name != "max_tokens"}
     assert body == {**asked, "model": "theirs"}
 
@@ -173,6 +190,9 @@ def test_nobody_makes_up_a_count() -> None:
         ([{"id": "a", "max_model_len": 1}], {"model": "b"}, 200_000, True),
         ([{"id": "theirs"}], {}, 200_000, True),
         ([], {}, 200_000, True),
+        (5, {}, 200_000, True),
+        ({"theirs": True}, {}, 200_000, True),
+        ([{"id": "theirs", "max_model_len": True}], {}, 200_000, True),
         (404, {}, 200_000, True),
         (500, {}, 200_000, True),
         (404, {"window": 4000}, 4000, False),
@@ -331,3 +351,71 @@ def test_a_chat_without_a_bound_gets_what_fits() -> None:
         ((body, _),) = scene.there.sent(MESSAGES)
         bounds.append(body["max_tokens"])
     assert bounds == [900, 500]
+
+
+@pytest.mark.parametrize(
+    ("listed", "bound"), [({"max_model_len": 90_000}, 8192), ({"max_tokens": 32_000}, 32_000)]
+)
+def test_a_chat_without_a_bound_in_a_long_window(listed: Json, bound: int) -> None:
+    """The server is told as much as it says that an answer may have, else a modest number."""
+    chat = {"model": "m", "messages": [{"role": "user", "content": "a"}]}
+    scene = Scene.of("anthropic")
+    scene.there.models = [{"id": "theirs", **listed}]
+    scene.house.ask(chat, "/v1/chat/completions")
+    ((body, _),) = scene.there.sent(MESSAGES)
+    assert body["max_tokens"] == bound
+
+
+def test_a_chat_is_said_as_the_messages_api_has_it() -> None:
+    """Nothing goes along that its client did not ask for, or that such servers refuse."""
+    chat = {
+        "model": "m",
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "hi"},
+            {"role": "assistant", "content": "Hello.", "reasoning_content": "Hm."},
+            {"role": "assistant", "reasoning_content": "Alone."},
+            {"role": "user", "content": "And?"},
+            {"role": "system", "content": "It is late."},
+        ],
+        "max_tokens": 100,
+        "temperature": 1.5,
+        "top_p": 0.9,
+        "chat_template_kwargs": {"enable_thinking": True},
+    }
+    scene = Scene.of("anthropic")
+    scene.house.ask(chat, "/v1/chat/completions")
+    ((body, _),) = scene.there.sent(MESSAGES)
+    reminder = "\n\n<system-reminder>\nIt is late.\n</system-reminder>"
+    assert body == {
+        "model": "m",
+        "system": "Be brief.",
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "Hello."}]},
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "And?"}, {"type": "text", "text": reminder}],
+            },
+        ],
+        "max_tokens": 100,
+        "temperature": 1,
+        "top_p": 0.9,
+        "stream": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("effort", "thinking"),
+    [(None, None), ("none", {"type": "disabled"}), ("high", {"type": "adaptive"})],
+)
+def test_a_chat_thinks_there_if_its_client_says_how_much(
+    effort: str | None, thinking: Json
+) -> None:
+    """Many models there know no thinking, and refuse a call that mentions it."""
+    chat = {"model": "m", "messages": [{"role": "user", "content": "a"}], "max_tokens": 9}
+    scene = Scene.of("anthropic")
+    scene.house.ask(chat | ({"reasoning_effort": effort} if effort else {}), "/v1/chat/completions")
+    ((body, _),) = scene.there.sent(MESSAGES)
+    assert body.get("thinking") == thinking
+    assert body.get("output_config") == ({"effort": "high"} if effort == "high" else None)

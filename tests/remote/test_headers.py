@@ -47,10 +47,15 @@ def test_what_is_about_the_call_goes(name: str) -> None:
         "x-forwarded-host",
         "x-real-ip",
         "x-claudegw-tier",
+        "x-goog-iap-jwt-assertion",
+        "x-amzn-oidc-data",
+        "x-ms-client-principal",
+        "x-remote-user",
+        "x-something-new",
         "origin",
         "referer",
     ],
 )
 def test_what_is_between_the_client_and_us_stays(name: str) -> None:
-    """Keys, cookies, where the client is, and what is about this connection."""
+    """Keys, cookies, who and where the client is, and what is about this connection."""
     assert passed_on({name: "value"}) == {}

@@ -348,3 +348,16 @@ def test_a_prompt_that_does_not_fit_is_refused_before_it_is_sent() -> None:
     assert browser.status == 400
     assert browser.json["error"]["message"] == "prompt is too long: 5000 tokens > 4999 maximum"
     assert scene.there.held == []
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("counts", [{}, {f"{CHAT}/input_tokens": {"input_tokens": 4000}}])
+@pytest.mark.parametrize("words", ["a", "a" * 6000])
+def test_a_chat_without_a_bound_has_none_there(words: str, counts: Json, strict: bool) -> None:
+    """Its server knows best how long its answers may be."""
+    chat = {"model": "m", "messages": [{"role": "user", "content": words}]}
+    scene = Scene.of("openai", URL, strict=strict)
+    scene.there.counts = counts
+    scene.house.ask(chat, CHAT)
+    ((body, _),) = scene.there.sent(CHAT)
+    assert not {"max_tokens", "max_completion_tokens"} & body.keys()

@@ -176,3 +176,20 @@ def test_a_body_of_any_shape(body: bytes) -> None:
 def test_a_long_message_is_cut() -> None:
     """A page of HTML in it helps nobody."""
     assert len(refused(400, {"error": {"message": "x" * 10_000}}).message) == 600
+
+
+@pytest.mark.parametrize("status", [201, 204, 299, 600, 999])
+def test_what_is_neither_an_answer_nor_an_error(status: int) -> None:
+    """A client that got the status would take the error for its answer."""
+    error = refused(status, anthropic("api_error", "Odd."))
+    assert (error.status, error.kind, error.should_retry) == (502, "api_error", False)
+    assert str(status) in error.message
+
+
+def test_a_number_of_any_length() -> None:
+    """It is no number of tokens, and the prompt is too long all the same."""
+    many = "9" * 5000
+    error = refused(400, anthropic("x", f"context length is {many}, but 8 input tokens; {many}"))
+    assert (error.status, error.message) == (400, "Prompt is too long")
+    error = refused(400, anthropic("x", f"context length is 8, but {many} input tokens"))
+    assert (error.status, error.message) == (400, "Prompt is too long")

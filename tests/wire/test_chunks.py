@@ -261,11 +261,27 @@ def test_nonsense_is_an_error(raw: bytes) -> None:
 
 def test_what_waits_is_bounded() -> None:
     """A server that never ends its second call cannot fill the memory."""
-    chunks = Chunks(limit=1000)
+    chunks = Chunks(limit=1200)
     chunks.feed(wire(part(name="one", id="a"), part(name="two", id="b", index=1), done=False))
     chunks.feed(wire(part("x" * 900, 1), done=False))
     with pytest.raises(EventTooLong):
         chunks.feed(wire(part("x" * 101, 1), done=False))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        [part(index=n, name="one", id=f"call_{n}") for n in range(1000)],
+        [each for n in range(500) for each in (part(index=n), part(index=n, name="x" * 900))],
+        [each for n in range(500) for each in (part(index=n), part(index=n, id="x" * 900))],
+        [part(name="one", id="a"), *[chunk(content=" "), chunk(reasoning="x")] * 1000],
+    ],
+    ids=["calls", "names", "ids", "words"],
+)
+def test_what_says_nothing_is_bounded_too(said: list[Json]) -> None:
+    """Each call and each block of words takes room, whatever it says."""
+    with pytest.raises(EventTooLong):
+        Chunks(limit=100_000).feed(wire(*said, done=False))
 
 
 def test_other_choices_are_left_out() -> None:

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.wire.chat import AS_MANY_AS_FIT
 from gateway.wire.errors import ApiError
-from gateway.wire.openai import AS_MANY_AS_FIT, read_chat, read_completion, read_embedding
+from gateway.wire.openai import read_chat, read_completion, read_embedding
 
 Json = Any
 
