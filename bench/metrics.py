@@ -82,7 +82,7 @@ def busy(calls: int, records: int) -> Household:
             house.settle()
     house.settle()
     for tier in dispatch.tiers.values():
-        tier.child = Child()  # type: ignore[assignment]
+        tier.child = Child()  # type: ignore[assignment]  # all of it that a scrape looks at
     return house
 
 

@@ -131,7 +131,7 @@ def _takes(hint: Any, expected: str) -> str:
 def _default(field: Any) -> str:
     """The default of a key, as TOML."""
     default = field.default
-    if isinstance(default, attrs.Factory):  # type: ignore[arg-type]
+    if isinstance(default, attrs.Factory):  # type: ignore[arg-type]  # typed as a function
         default = default.factory()
     match default:
         case attrs.NOTHING:

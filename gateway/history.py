@@ -92,11 +92,11 @@ _INSERT: Final = (
 _TOO_OLD: Final = "DELETE FROM call WHERE at < ?"
 _TOO_MANY: Final = "DELETE FROM call WHERE n <= (SELECT max(n) FROM call) - ?"
 _RECENT: Final = (
-    f"SELECT {_LISTED} FROM call WHERE n IN ("  # noqa: S608
+    f"SELECT {_LISTED} FROM call WHERE n IN ("  # noqa: S608  # as above
     "SELECT n FROM call WHERE at >= ?"
     " UNION SELECT n FROM call WHERE n > (SELECT max(n) FROM call) - ?) ORDER BY n"
 )
-_LAST: Final = f"SELECT {_LISTED} FROM call ORDER BY n DESC LIMIT ?"  # noqa: S608
+_LAST: Final = f"SELECT {_LISTED} FROM call ORDER BY n DESC LIMIT ?"  # noqa: S608  # as above
 
 #: Rows that may wait for the disk, and that are written at once.
 _QUEUE: Final = 4096

@@ -11,18 +11,15 @@ how much.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import attrs
-from treq.client import HTTPClient
-from twisted.internet.interfaces import IReactorTime
 
-from gateway.config import Tier as Wanted
 from gateway.policy import prefix
 from gateway.policy.template import Template
 from gateway.remote.headers import passed_on
 from gateway.remote.place import Place
-from gateway.upstream import Answer, Health, Props
+from gateway.upstream import Answer
 from gateway.wire.request import MessagesRequest
 
 Json = Any
@@ -34,41 +31,22 @@ _UNCOUNTED: Final = frozenset(
 
 
 @attrs.define(eq=False)
-class Anthropic:
+class Anthropic(Place):
     """One such server (`gateway.upstream.Remote`)."""
 
-    _place: Place
     is_verbatim: bool = True
-
-    @classmethod
-    def over(cls, reactor: IReactorTime, http: HTTPClient, tier: str, config: Wanted) -> Self:
-        """The one that `config` names, asked over `http`."""
-        return cls(Place.over(reactor, http, tier, config))
-
-    def hang_up(self) -> None:
-        self._place.upstream.hang_up()
-
-    async def props(self) -> Props:
-        return await self._place.props()
-
-    async def health(self) -> Health:
-        return await self._place.health()
-
-    async def busy_slots(self) -> int:
-        """Nobody can know; a call that was hung up on is over for us."""
-        return 0
 
     def prepare(self, request: MessagesRequest) -> dict[str, Json]:
         body = _converted(request) if request.is_converted else dict(request.body)
-        if self._place.config.model:
-            body["model"] = self._place.config.model
+        if self.config.model:
+            body["model"] = self.config.model
         return body
 
     async def count_body(
         self, body: Mapping[str, Json], headers: Mapping[str, str] | None = None
     ) -> int | None:
         asked = {name: body[name] for name in body if name not in _UNCOUNTED}
-        return await self._place.count(
+        return await self.count(
             "/v1/messages/count_tokens", asked, "input_tokens", passed_on(headers or {})
         )
 
@@ -76,7 +54,7 @@ class Anthropic:
         self, body: Mapping[str, Json], headers: Mapping[str, str] | None = None
     ) -> Answer:
         asked = {**body, "stream": True}
-        return await self._place.send("/v1/messages", asked, passed_on(headers or {}))
+        return await self.send("/v1/messages", asked, passed_on(headers or {}))
 
 
 def _converted(request: MessagesRequest) -> dict[str, Json]:

@@ -8,17 +8,14 @@ Messages API's (`gateway.wire.chunks`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final, Self
+from typing import Any, Final
 
 import attrs
-from treq.client import HTTPClient
-from twisted.internet.interfaces import IReactorTime
 
-from gateway.config import Tier as Wanted
 from gateway.policy import prefix
 from gateway.policy.template import SWITCHES, Template
 from gateway.remote.place import Place
-from gateway.upstream import Answer, Health, Props
+from gateway.upstream import Answer
 from gateway.wire import chat
 from gateway.wire.chunks import Chunks
 from gateway.wire.request import MessagesRequest
@@ -33,29 +30,10 @@ _COUNTED: Final = ("model", "messages", "tools", "tool_choice", "chat_template_k
 
 
 @attrs.define(eq=False)
-class OpenAI:
+class OpenAI(Place):
     """One such server (`gateway.upstream.Remote`)."""
 
-    _place: Place
     is_verbatim: bool = False
-
-    @classmethod
-    def over(cls, reactor: IReactorTime, http: HTTPClient, tier: str, config: Wanted) -> Self:
-        """The one that `config` names, asked over `http`."""
-        return cls(Place.over(reactor, http, tier, config))
-
-    def hang_up(self) -> None:
-        self._place.upstream.hang_up()
-
-    async def props(self) -> Props:
-        return await self._place.props()
-
-    async def health(self) -> Health:
-        return await self._place.health()
-
-    async def busy_slots(self) -> int:
-        """Nobody can know; a call that was hung up on is over for us."""
-        return 0
 
     def prepare(self, request: MessagesRequest) -> dict[str, Json]:
         """Messages-shaped still, and what no chat server takes said in words."""
@@ -63,11 +41,11 @@ class OpenAI:
         if request.schema is not None:
             wanted = {"type": "json_schema", "schema": request.schema}
             body["output_config"] = {"format": wanted}
-        body["model"] = self._place.config.model or request.model
+        body["model"] = self.config.model or request.model
         return body
 
     def _asked(self, body: Mapping[str, Json]) -> dict[str, Json]:
-        said = chat.request(body, strict=self._place.config.strict)
+        said = chat.request(body, strict=self.config.strict)
         return {"model": body["model"], **said}
 
     async def count_body(
@@ -78,14 +56,14 @@ class OpenAI:
         said = self._asked({"max_tokens": 1, **body})
         asked: dict[str, Json] = {name: said[name] for name in _COUNTED if name in said}
         # The first is llama-server's, the second vLLM's.
-        return await self._place.count(
+        return await self.count(
             "/v1/chat/completions/input_tokens", asked, "input_tokens"
-        ) or await self._place.count("/tokenize", asked, "count")
+        ) or await self.count("/tokenize", asked, "count")
 
     async def messages(
         self,
         body: Mapping[str, Json],
         headers: Mapping[str, str] | None = None,  # noqa: ARG002  # they are another API's
     ) -> Answer:
-        answer = await self._place.send("/v1/chat/completions", self._asked(body))
+        answer = await self.send("/v1/chat/completions", self._asked(body))
         return attrs.evolve(answer, parser=Chunks())

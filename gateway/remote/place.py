@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import attrs
 from treq.client import HTTPClient
@@ -62,7 +62,7 @@ class Place:
     _told: bool = attrs.field(default=False, init=False)
 
     @classmethod
-    def over(cls, reactor: IReactorTime, http: HTTPClient, tier: str, config: Wanted) -> Place:
+    def over(cls, reactor: IReactorTime, http: HTTPClient, tier: str, config: Wanted) -> Self:
         """The server that `config` names, asked over `http`."""
         headers: dict[str, str] = {}
         if (key := config.key) is not None:
@@ -77,6 +77,14 @@ class Place:
             config,
             Upstream.over(reactor, http, tier, config.url, refusal, headers, base),
         )
+
+    def hang_up(self) -> None:
+        """Nobody waits for its answers any more."""
+        self.upstream.hang_up()
+
+    async def busy_slots(self) -> int:
+        """Nobody can know; a call that was hung up on is over for us."""
+        return 0
 
     async def props(self) -> Props:
         """

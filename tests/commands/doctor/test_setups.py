@@ -220,7 +220,7 @@ SETUPS = {
         'listen = "tcp:40000:interface=127.0.0.1"',
     ),
     "an endpoint that no client can use": Setup(
-        lambda world: world.config["gateway"].update(listen="unix:/tmp/gw.sock:1"),
+        lambda world: world.config["gateway"].update(listen="unix:/run/gw.sock:1"),
         "gateway",
         "problem",
         "needs a TCP port",
