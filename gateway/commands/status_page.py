@@ -148,12 +148,13 @@ def _who(call: Mapping[str, Json]) -> tuple[Text, Text]:
 
 
 def _table(*columns: str) -> Table:
-    """A table; a column whose name begins with ``=`` holds numbers."""
+    """A table; a column whose name begins with ``=`` holds numbers, the last one gives way."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for column in columns:
         is_number = column.startswith("=")
         name = Text(column.removeprefix("="))
         table.add_column(name, justify="right" if is_number else "left", no_wrap=True)
+    table.columns[-1].no_wrap = False
     return table
 
 

@@ -269,3 +269,15 @@ def test_watching_draws_again_and_again() -> None:
     assert [f"number {number}" in said for number in range(4)] == [True, True, True, False]
     assert said.index("\x1b[?1049h") < said.index("number 0")
     assert said.index("number 2") < said.index("\x1b[?1049l")
+
+
+def test_in_a_narrow_terminal_the_outcome_gives_way() -> None:
+    """What a call was, and where it went, stays readable."""
+    call = {"kind": "turn", "tier": "main", "at": 1.8e9, "waited": 3.0, "took": 4.0}
+    console = Console(width=60, file=StringIO())
+    console.print(listed([call | {"outcome": "400 invalid_request_error"}]))
+    assert isinstance(console.file, StringIO)
+    drawn = console.file.getvalue()
+    assert "turn" in drawn
+    assert "main" in drawn
+    assert "3.0 s" in drawn

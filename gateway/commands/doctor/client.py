@@ -56,7 +56,10 @@ def settings(facts: Facts, say: Say) -> Iterator[Finding]:
     for source in facts.client.sources:
         by_name |= {name: (value, source) for name, value in source.env.items()}
     url, where = by_name.get("ANTHROPIC_BASE_URL") or _NOWHERE
-    start = f"`claudegw settings --config {path}` prints what belongs into its settings"
+    start = (
+        f"Start it with `claudegw claude --config {path}`, or put into its settings what"
+        f" `claudegw settings --config {path}` prints"
+    )
     if str(url).rstrip("/") not in _names_of(facts.url):
         managed = where is not None and where.managed
         yield say(
