@@ -100,19 +100,16 @@ class Metrics:
     _firsts: Histogram = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        self._waits = Histogram(
+        self._waits = _seconds(
             "claudegw_wait_seconds",
             "Seconds from a call's arrival to its turn, or to its leaving the line.",
-            ["tier", "background"],
-            buckets=BUCKETS,
-            registry=None,
+            "tier",
+            "background",
         )
-        self._firsts = Histogram(
+        self._firsts = _seconds(
             "claudegw_first_content_seconds",
             "Seconds from a call's turn to the first content of its answer.",
-            ["tier"],
-            buckets=BUCKETS,
-            registry=None,
+            "tier",
         )
         self.dispatch.ledger.heard.append(self._hear)
         for collect in (self._counted, self._looked_up):
@@ -243,6 +240,11 @@ def outcome_of(outcome: str) -> str:
     word = outcome.partition(" ")[0]
     status = int(word) if word.isdecimal() else 500
     return _BY_STATUS.get(status, "refused" if status < 500 else "failed")
+
+
+def _seconds(name: str, what: str, *labels: str) -> Histogram:
+    """A histogram that `Metrics` collects itself."""
+    return Histogram(name, what, labels, buckets=BUCKETS, registry=None)
 
 
 def _by_tier(name: str, what: str) -> GaugeMetricFamily:
