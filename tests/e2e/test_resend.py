@@ -194,7 +194,8 @@ def is_on_its_way(server: Running) -> bool:
     To be asked only before the call is cut off: it keeps the server from noticing.
     """
     (slot,) = server.ask("/slots")[1]
-    return bool(slot["n_prompt_tokens_processed"] >= 2 * BATCH)
+    # A slot that has had no work yet does not tell any.
+    return bool(slot.get("n_prompt_tokens_processed", 0) >= 2 * BATCH)
 
 
 def line(gateway: Running) -> Json:
