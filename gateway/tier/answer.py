@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any, Protocol, Self
 
 import attrs
@@ -25,8 +26,9 @@ from twisted.python.failure import Failure
 
 from gateway.policy.schema import Form
 from gateway.tier import constrained
-from gateway.tier.line import Permit, Ticket
+from gateway.tier.line import Ticket
 from gateway.tier.tier import Tier
+from gateway.tier.turn import Turn
 from gateway.upstream import Lost
 from gateway.wire import pulse
 from gateway.wire.dialect import MESSAGES, Dialect
@@ -96,34 +98,6 @@ Ask = Callable[[Teller], Awaitable[None]]
 # --- how it is asked for ----------------------------------------------------------------------
 
 
-@attrs.frozen
-class UnderWay:
-    """A call that has its permit; its progress ends before the permit goes to the next one."""
-
-    tier: Tier
-    ticket: Ticket
-    permit: Permit
-
-    async def begin(self, body: Mapping[str, Json]) -> None:
-        if self.tier.remote is not None:
-            self.permit.idle()  # whoever is hung up on there is gone; no slot can be asked
-        await self.tier.cache.before(body)
-        name, tokens = self.ticket.name, self.ticket.tokens
-        self.tier.progress.begin(name, tokens, idle=self.permit.idle)
-
-    def finished(self) -> None:
-        self.tier.progress.end(self.ticket.name)
-        self.permit.finished()
-
-    def cut(self) -> None:
-        self.tier.progress.end(self.ticket.name)
-        self.permit.cut()
-
-    def abandon(self) -> None:
-        self.tier.progress.end(self.ticket.name)
-        self.permit.abandon()
-
-
 async def from_model(
     tier: Tier,
     body: Mapping[str, Json],
@@ -151,17 +125,8 @@ async def from_model(
         Lost: the server went away.
         Truncated: its answer did.
     """
-    tier.cache.give_way()
-    permit = await tier.line.join(ticket)
-    under_way = UnderWay(tier, ticket, permit)
-    try:
-        try:
-            started()
-            await under_way.begin(body)
-            answer = await tier.client.messages(body, headers)
-        except ApiError:
-            under_way.finished()
-            raise
+    async with Turn(tier, ticket) as turn:
+        answer = await turn.ask(body, started, partial(tier.client.messages, body, headers))
         teller.commit()
         watch = tier.pace.watch(body)
         tier.progress.expect(ticket.name, ticket.seen())
@@ -191,12 +156,7 @@ async def from_model(
             watch.ended(repair.usage)
             tier.cache.answered(body, repair.usage, ticket)
         finally:
-            under_way.finished()  # last: the next call may have the slot before this returns
-    except CancelledError:
-        under_way.cut()
-        raise
-    finally:
-        under_way.abandon()
+            turn.finished()
 
 
 async def under_schema(
@@ -211,30 +171,17 @@ async def under_schema(
     started: Callable[[], None],
 ) -> None:
     """As `from_model`, for an answer of at most `tokens` that must have this form."""
-    tier.cache.give_way()
-    permit = await tier.line.join(ticket)
-    under_way = UnderWay(tier, ticket, permit)
-    try:
-        try:
-            started()
-            await under_way.begin(body)
-            assert tier.llama is not None
-            completion = await constrained.complete(tier.llama, body, form, tokens)
-            ticket.content()
-        except ApiError:
-            under_way.finished()
-            raise
+    assert tier.llama is not None
+    complete = partial(constrained.complete, tier.llama, body, form, tokens)
+    async with Turn(tier, ticket) as turn:
+        completion = await turn.ask(body, started, complete)
+        ticket.content()
         usage = repair.usage
         usage.input, usage.cached = completion.evaluated, completion.cached
         usage.output += completion.generated
         tier.pace.learn(body, usage, completion.prefill, completion.generation)
         tier.cache.answered(body, usage, ticket)
-        under_way.finished()  # last: the next call may have the slot before this returns
-    except CancelledError:
-        under_way.cut()
-        raise
-    finally:
-        under_way.abandon()
+        turn.finished()
     message = {
         "id": repair.message_id,
         "type": "message",
@@ -458,7 +405,7 @@ async def stream(
             told.fail(error, request_id=request_id)
             return error
         except (Lost, Truncated):
-            gone = _went_away(repair.tier)
+            gone = went_away(repair.tier)
             if repair.has_content:
                 client.cut()
             else:
@@ -489,7 +436,7 @@ async def whole(
     try:
         await asked
     except (Lost, Truncated):
-        raise _went_away(repair.tier) from None
+        raise went_away(repair.tier) from None
     except TimedOut:
         raise _too_slow(limit or 0) from None
     return dialect.whole(told.message())
@@ -499,7 +446,8 @@ async def _asked(ask: Ask, teller: Teller) -> None:
     await ask(teller)
 
 
-def _went_away(tier: str) -> ApiError:
+def went_away(tier: str) -> ApiError:
+    """What a client is told of an answer that broke off."""
     return unavailable(f"The model server of tier {tier!r} went away in the middle of its answer.")
 
 

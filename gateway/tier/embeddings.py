@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
-from twisted.internet.defer import CancelledError
-
-from gateway.tier.answer import UnderWay
 from gateway.tier.line import Ticket
 from gateway.tier.tier import Tier
-from gateway.wire.errors import ApiError
+from gateway.tier.turn import Turn
 
 Json = Any
 
@@ -38,21 +36,7 @@ async def ask(
         Lost: the server went away.
     """
     assert tier.llama is not None
-    tier.cache.give_way()
-    permit = await tier.line.join(ticket)
-    under_way = UnderWay(tier, ticket, permit)
-    try:
-        try:
-            started()
-            await under_way.begin(view)
-            said = await tier.llama.embeddings(body)
-        except ApiError:
-            under_way.finished()
-            raise
-        under_way.finished()
-    except CancelledError:
-        under_way.cut()
-        raise
-    finally:
-        under_way.abandon()
+    async with Turn(tier, ticket) as turn:
+        said = await turn.ask(view, started, partial(tier.llama.embeddings, body))
+        turn.finished()
     return said
