@@ -30,6 +30,7 @@ ABOUT: Final = {
     "ledger": "what it cost",
     "llama": "one llama-server",
     "policy": "decisions: values in, values out",
+    "preparation": "a call made ready",
     "remote": "servers of other kinds",
     "service": "start, reload, drain, stop",
     "tier": "line, cache, answer",

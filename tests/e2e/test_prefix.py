@@ -23,14 +23,12 @@ from twisted.internet import reactor
 from twisted.internet.task import Clock
 
 from gateway.config import Tier as TierConfig
-from gateway.dispatch import Dispatch
-from gateway.ledger import Ledger
 from gateway.llama.client import LlamaClient
 from gateway.policy import calls
+from gateway.preparation import Preparation
 from gateway.tier.tier import Tier
 from gateway.wire import chat
 from gateway.wire import request as wire
-from gateway.wire.pulse import Times
 from tests.conversations import (
     CLIENT,
     TOOLS,
@@ -96,13 +94,13 @@ class Family:
     name: str
     server: Running
     tier: Tier
-    dispatch: Dispatch
+    preparation: Preparation
 
     def render(self, body: Json, headers: Mapping[str, str]) -> Rendered:
-        """The prompt of a request, prepared as `Dispatch` prepares it."""
+        """The prompt of a request, prepared as `Preparation` prepares it."""
         request = wire.parse(orjson.dumps(body))
         call = calls.understand(request, headers)
-        prepared = at_once(self.dispatch._body(request, call, self.tier))
+        prepared = at_once(self.preparation._body(request, call, self.tier))
         asked = {**chat.from_messages(prepared), "add_generation_prompt": False}
         status, said = self.server.ask("/apply-template", asked)
         assert status == 200, said
@@ -117,7 +115,7 @@ class Family:
         clock = Clock()  # it stands: what the server says of itself is asked for once
         client = LlamaClient.at(reactor, "main", server.url, None)
         tier = Tier.of("main", TierConfig(server.url), client, clock)
-        return cls(name, server, tier, Dispatch({"main": tier}, (), Ledger(clock), Times(), clock))
+        return cls(name, server, tier, Preparation({"main": tier}, (), clock))
 
     @staticmethod
     def new_session() -> dict[str, str]:
