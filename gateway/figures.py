@@ -135,8 +135,12 @@ def parted(calls: Json) -> tuple[list[Mapping[str, Json]], list[Mapping[str, Jso
 
 def state(tier: Mapping[str, Json]) -> str:
     """How the server of a tier is."""
-    process = mapping(tier.get("process"))
-    return word(process.get("state", "up" if tier.get("server") else "not known yet"))
+    process, error = (mapping(tier.get(part)) for part in ("process", "error"))
+    if "state" in process:
+        return word(process["state"])
+    if error:
+        return "away" if error.get("passes") else "refuses"
+    return "up" if tier.get("server") else "not known yet"
 
 
 def model(tier: Mapping[str, Json]) -> str:
@@ -151,11 +155,23 @@ def busy(tier: Mapping[str, Json]) -> str:
     return f"{said} (+{settling:.0f})" if settling else said
 
 
+def _since(process: Mapping[str, Json]) -> str:
+    """The state of a server of ours, and how long it has been in it, as the end of a sentence."""
+    now, lasts = word(process.get("state")), duration(process.get("for"))
+    if not lasts:
+        return f"is {now}"
+    if now == "failed":
+        return f"failed {lasts} ago"
+    return f"has been {'in ' * (now == 'backoff')}{now} for {lasts}"
+
+
 def remarks(name: str, tier: Mapping[str, Json]) -> list[str]:
     """What is out of order with a tier."""
-    process, said = mapping(tier.get("process")), []
+    process, error = (mapping(tier.get(part)) for part in ("process", "error"))
+    said = []
     if process.get("state") not in (None, "ready") and process.get("reason"):
-        lasts = duration(process.get("for"))
-        said.append(f"{name} is {word(process.get('state'))} for {lasts}: {process['reason']}")
+        said.append(f"{name} {_since(process)}: {process['reason']}")
+    elif error.get("message"):
+        said.append(f"{name}: {error['message']}")
     said += [f"{name} refuses {word(call)} for an hour" for call in listed(tier.get("refused"))]
     return [line(words) for words in said]

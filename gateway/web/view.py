@@ -27,7 +27,7 @@ _WAITING: Final = 20
 _COLD: Final = 8
 
 #: States in which a server does not answer.
-_BAD: Final = frozenset({"unwell", "backoff", "failed", "stopped"})
+_BAD: Final = frozenset({"unwell", "backoff", "failed", "stopped", "away", "refuses"})
 
 #: What became of a call that nobody has to look into.
 _WELL: Final = frozenset({"answered", "cancelled", ENDED_BY_HAND})

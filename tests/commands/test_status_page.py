@@ -175,10 +175,43 @@ def test_a_server_of_ours_says_its_state() -> None:
     main = {**MAIN, "process": process, "refused": ["req_7"]}
     assert rows({"tiers": {"main": main}}, "Tiers")[0][1] == "backoff"
     said = drawn({"tiers": {"main": main}})
-    assert "main is backoff for 12 s: it was ended by SIGKILL" in said
+    assert "main has been in backoff for 12 s: it was ended by SIGKILL" in said
     assert "main refuses req_7 for an hour" in said
     ready = {**MAIN, "process": {"state": "ready", "for": 1, "reason": "it was stuck"}}
     assert "stuck" not in drawn({"tiers": {"main": ready}})
+
+
+@pytest.mark.parametrize(
+    ("process", "told"),
+    [
+        ({"state": "loading", "for": 4.2}, "main has been loading for 4.2 s: why"),
+        ({"state": "starting", "for": 1}, "main has been starting for 1.0 s: why"),
+        ({"state": "unwell", "for": 1}, "main has been unwell for 1.0 s: why"),
+        ({"state": "draining", "for": 1}, "main has been draining for 1.0 s: why"),
+        ({"state": "stopped", "for": 1}, "main has been stopped for 1.0 s: why"),
+        ({"state": "failed", "for": 70}, "main failed 1:10 min ago: why"),
+        ({"state": "failed"}, "main is failed: why"),
+        ({"state": "loading"}, "main is loading: why"),
+    ],
+)
+def test_how_long_a_server_has_been_away(process: Any, told: str) -> None:
+    """In English, whatever its state, also where it is not known how long."""
+    assert told in drawn({"tiers": {"main": {**MAIN, "process": {**process, "reason": "why"}}}})
+
+
+@pytest.mark.parametrize(("passes", "state"), [(True, "away"), (False, "refuses")])
+def test_why_a_server_of_somebody_else_does_not_answer(passes: bool, state: str) -> None:
+    """It is said in the table that it does not, and below why; a server of ours says it once."""
+    error = {"message": "The model server of tier 'small' wants a key.", "passes": passes}
+    small = {**SMALL, "error": error}
+    assert rows({"tiers": {"small": small}}, "Tiers")[0][1] == state
+    assert "small: The model server of tier 'small' wants a key." in drawn(
+        {"tiers": {"small": small}}
+    )
+    process = {"state": "loading", "for": 1, "reason": "it loads its model"}
+    ours = drawn({"tiers": {"small": {**small, "process": process}}})
+    assert "it loads its model" in ours
+    assert "wants a key" not in ours
 
 
 @pytest.mark.parametrize(

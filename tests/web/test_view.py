@@ -42,7 +42,7 @@ def test_a_tier() -> None:
     }
     assert (main.saves, main.is_ours, main.remarks) == (True, True, ())
     assert (small.state, small.tone, small.saves) == ("loading", "still", False)
-    assert small.remarks == ("small is loading for 4.2 s: it loads its model",)
+    assert small.remarks == ("small has been loading for 4.2 s: it loads its model",)
     assert "snapshots" not in dict(small.figures)
 
 
@@ -54,6 +54,8 @@ def test_a_tier() -> None:
         ({"server": {"n_ctx": 1}, "running": 1}, "up", "busy", False),
         ({"process": {"state": "failed", "reason": "it ended"}}, "failed", "bad", True),
         ({"process": {"state": "ready"}}, "ready", "good", True),
+        ({"error": {"message": "it is gone", "passes": True}}, "away", "bad", False),
+        ({"error": {"message": "no such key", "passes": False}}, "refuses", "bad", False),
     ],
 )
 def test_states(tier: Any, state: str, tone: str, is_ours: bool) -> None:
