@@ -2,7 +2,8 @@
 The bodies of calls on the disk, for whoever looks for a mistake; off, as a rule.
 
 Nothing else in the house writes down what a call says.  A file has what was asked and what was
-told, never a header; the keys of the configuration, and what looks like a key, are blotted out.
+told, never a header; the keys of the configuration, and what looks like a key, are blotted out,
+also where a stream tells them in pieces.
 Files are for their owner alone and whole or not there, and the oldest go where the room ends.
 What cannot be written is counted, and no call waits for it.
 """
@@ -10,7 +11,10 @@ What cannot be written is counted, and no call waits for it.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Final
 
@@ -40,6 +44,13 @@ _QUEUE: Final = 16
 _BETWEEN: Final = b"\n\n--- the answer ---\n\n"
 
 _BLOT: Final = b"***"
+
+#: How an event of a stream is written, and where such a piece of what is said stands in one.
+_DATA: Final = b"data: "
+_END: Final = b"\n\n"
+_WORDS: Final = frozenset(
+    {"text", "thinking", "partial_json", "content", "reasoning_content", "arguments"}
+)
 
 #: Keys by their looks: those of model vendors, and whatever a header would have.
 _KEYS: Final = re.compile(
@@ -108,7 +119,7 @@ class Capture:
         log.warn("a call's bodies are not kept: {why}", why=result.getErrorMessage())
 
     def _write(self, name: str, asked: bytes, told: bytes) -> None:
-        data = self.without_keys(asked) + _BETWEEN + self.without_keys(told)
+        data = self.without_keys(asked) + _BETWEEN + self.without_keys(self._joined(told))
         if len(data) > self.budget:
             raise ValueError(f"{len(data)} bytes are more than capture in [gateway] has room for")
         self.folder.mkdir(mode=0o700, exist_ok=True)
@@ -128,9 +139,79 @@ class Capture:
 
     def without_keys(self, body: bytes) -> bytes:
         """`body` with all keys blotted out that are known or look like one."""
-        for secret in self._hidden:
-            body = body.replace(secret, _BLOT)
-        return _KEYS.sub(rb"\1" + _BLOT, body)
+        return self._blotted([body])[0]
+
+    def _joined(self, told: bytes) -> bytes:
+        """`told` without the keys that are spread over several events, where it is a stream."""
+        blocks = told.split(_END)
+        events = [_event(block) for block in blocks]
+        texts: dict[Json, list[tuple[int, dict[str, Json], str]]] = {}
+        for number, event in enumerate(events):
+            for block, holder, name in _said(event):
+                texts.setdefault(block, []).append((number, holder, name))
+        for pieces in texts.values():
+            before = [holder[name].encode() for _, holder, name in pieces]
+            for (number, holder, name), old, new in zip(
+                pieces, before, self._blotted(before), strict=True
+            ):
+                if old != new:
+                    holder[name] = new.decode()
+                    head = blocks[number].partition(_DATA)[0]
+                    blocks[number] = head + _DATA + orjson.dumps(events[number])
+        return _END.join(blocks)
+
+    def _blotted(self, pieces: Sequence[bytes]) -> list[bytes]:
+        """The pieces of a text: where a key begins is a blot, and where it goes on nothing."""
+        text, found, at = b"".join(pieces), [], 0
+        keys = deque(self._keys(text))
+        for end in accumulate(map(len, pieces)):
+            kept = b""
+            while keys and keys[0][0] < end:
+                begins, ends = keys[0]
+                if begins >= at:
+                    kept += text[at:begins] + _BLOT
+                at = min(ends, end)
+                if ends > end:
+                    break
+                keys.popleft()
+            found.append(kept + text[at:end])
+            at = end
+        return found
+
+    def _keys(self, text: bytes) -> list[tuple[int, int]]:
+        """From where to where keys are in `text`, in order and apart."""
+        known = (
+            found.span() for each in self._hidden for found in re.finditer(re.escape(each), text)
+        )
+        likely = ((found.end(1), found.end()) for found in _KEYS.finditer(text))
+        apart: list[tuple[int, int]] = []
+        for begins, ends in sorted((*known, *likely)):
+            if apart and begins < apart[-1][1]:
+                apart[-1] = apart[-1][0], max(ends, apart[-1][1])
+            else:
+                apart.append((begins, ends))
+        return apart
+
+
+def _event(block: bytes) -> Json:
+    """What the event says that is written like this; None where that is no JSON."""
+    with suppress(orjson.JSONDecodeError):
+        return orjson.loads(block.partition(_DATA)[2])
+    return None
+
+
+def _said(event: Json, block: tuple[Json, ...] = ()) -> Iterator[tuple[Json, dict[str, Json], str]]:
+    """The words in an event: which of its blocks says them, and where they stand."""
+    if isinstance(event, list):
+        for each in event:
+            yield from _said(each, block)
+    elif isinstance(event, dict):
+        here = (*block, event.get("index"))
+        for name, each in event.items():
+            if isinstance(each, str) and name in _WORDS:
+                yield (*here, name), event, name
+            else:
+                yield from _said(each, (*here, name))
 
 
 def secrets(config: Config) -> Iterator[str]:

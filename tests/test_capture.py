@@ -129,6 +129,47 @@ def test_keys_are_blotted_out(tmp_path: Path) -> None:
     assert b"of-the-door" not in (tmp_path / "capture" / "req_1.txt").read_bytes()
 
 
+def told(*events: Any) -> bytes:
+    """A stream of these events."""
+    return b"".join(b"data: %b\n\n" % orjson.dumps(event) for event in events)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        lambda said: {"index": 1, "delta": {"type": "text_delta", "text": said}},
+        lambda said: {"index": 1, "delta": {"partial_json": said}},
+        lambda said: {"choices": [{"index": 0, "delta": {"content": said}}]},
+        lambda said: {
+            "choices": [{"delta": {"tool_calls": [{"index": 0, "function": {"arguments": said}}]}}]
+        },
+        lambda said: {"choices": [{"index": 0, "text": said}]},
+    ],
+)
+def test_a_key_in_pieces_is_blotted_out(tmp_path: Path, event: Callable[[str], Any]) -> None:
+    """A model says a few letters at a time; what is around the key, and other events, stay."""
+    capture = capturing(tmp_path, MIB, "of-the-door")
+    ping = {"type": "ping"}
+    said = told(*map(event, ("it is of", "-the", "-d")), ping, event("oor, Bea"), event("rer 12"))
+    said += told(*map(event, ("345678", " or höher"))) + b"data: {broken"
+    blotted = told(*map(event, ("it is ***", "", "")), ping, event(", Bea"), event("rer ***"))
+    blotted += told(*map(event, ("", " or höher"))) + b"data: {broken"
+    capture.keep("req_1", b"", said)
+    kept = (tmp_path / "capture" / "req_1.txt").read_bytes()
+    assert kept.partition(b"--- the answer ---\n\n")[2] == blotted
+
+
+def test_pieces_of_two_blocks_are_no_key(tmp_path: Path) -> None:
+    """Only what one block says belongs together, whatever stands between."""
+    capture = capturing(tmp_path, MIB, "of-the-door")
+    pieces = [(0, "of-the"), (1, "of-the"), (1, "-door"), (0, "-hook")]
+    events = [{"index": index, "delta": {"text": text}} for index, text in pieces]
+    capture.keep("req_1", b"", told(*events))
+    kept = (tmp_path / "capture" / "req_1.txt").read_bytes()
+    events[1:3] = [{"index": 1, "delta": {"text": text}} for text in ("***", "")]
+    assert kept.endswith(told(*events))
+
+
 def test_all_keys_of_the_configuration_are_known() -> None:
     """Of the door, of each tier and of its server; not every word of its environment."""
     assert set(secrets(config())) == {"of-the-door", "of-the-tier", "in-the-command", "in-the-env"}
