@@ -44,11 +44,12 @@ STILL: Final = sse.encode(
     ),
 )
 
-_KIND_OF_DELTA: Final[Mapping[str, str]] = {
-    "text_delta": "text",
-    "thinking_delta": "thinking",
-    "signature_delta": "thinking",
-    "input_json_delta": "tool_use",
+#: The kinds of deltas that we know: of which kind of block, and where what they say stands.
+_DELTAS: Final[Mapping[str, tuple[str, str]]] = {
+    "text_delta": ("text", "text"),
+    "thinking_delta": ("thinking", "thinking"),
+    "signature_delta": ("thinking", "signature"),
+    "input_json_delta": ("tool_use", "partial_json"),
 }
 
 
@@ -219,6 +220,7 @@ class Repair:
                 case "message_delta":
                     self.usage.learn(body.get("usage") or {})
                     if body["delta"].get("stop_reason") is not None:
+                        _check_is(str | None, body["delta"].get("stop_sequence"))
                         self._ending = body["delta"]
                     return []
                 case "error":
@@ -270,6 +272,7 @@ class Repair:
     def _start_block(self, body: Mapping[str, Json]) -> list[Event]:
         there, block = body["index"], body["content_block"]
         kind, identity = block["type"], block.get("id", "")
+        _check_is(int, there)
         now = self._block
         if now and (now.there, now.kind, now.id) == (there, kind, identity):
             return []  # opened twice
@@ -281,6 +284,12 @@ class Repair:
 
     def _open(self, there: int, block: Mapping[str, Json]) -> list[Event]:
         kind = block["type"]
+        _check_is(str, kind)
+        if kind in ("text", "thinking"):
+            _check_is(str, block.setdefault(kind, ""))
+        elif kind == "tool_use":
+            _check_is(str, block["name"])
+            _check_is(str, block.get("id", ""))
         events = [*self._start(), *self._close()]
         self._block = _Block(there, self._next_index, kind, block.get("id", ""))
         self._next_index += 1
@@ -297,7 +306,9 @@ class Repair:
         there, delta = body["index"], body["delta"]
         if there in self._left_out:
             return []
-        kind = _KIND_OF_DELTA.get(delta["type"])
+        kind, says = _DELTAS.get(delta["type"], (None, "type"))
+        if type(there) is not int or type(delta[says]) is not str:
+            raise TypeError
         now = self._block
         if now is not None and now.there == there and _goes_into(kind, now.kind):
             if delta["type"] == "signature_delta":
@@ -356,6 +367,12 @@ class Repair:
             f"The model server of tier {self.tier!r} sent an event that makes no sense here"
             f" ({event.name[:40]!r}, {len(event.data)} bytes).",
         )
+
+
+def _check_is(kind: Any, value: Json) -> None:
+    """Raises TypeError where `value` is not of a type of JSON; true and false are no numbers."""
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError
 
 
 def _goes_into(kind: str | None, block: str) -> bool:
