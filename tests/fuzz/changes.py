@@ -151,4 +151,4 @@ def of_bytes(words: Sequence[bytes] = ()) -> Callable[[bytes, Random], bytes]:
 
 
 #: Bytes of a case at most.
-_LONGEST: Final = 64 * 1024
+_LONGEST: Final = 4096

@@ -184,8 +184,13 @@ TOML: Final = Target(
     tuple(file.read_bytes() for file in sorted(_ETC.glob("*.toml")))
     + (b'[tier.main]\nurl = "http://a:1"\n',),
     of_bytes((b"[tier.x]\n", b"[[route]]\n", b"url = ", b'"""', b"1979-05-27", b"inf", b"[a]")),
+    kept=(
+        b'[gateway]\nstate_dir = "~nobody of this name/a"\n[tier.main]\nurl = "http://a:1"\n',
+        b'[gateway]\nstate_dir = "/a\\u0000"\n[tier.main]\nurl = "http://a:1"\n',
+        b'[tier.main]\nkind = "openai"\nurl = "http://a:1"\nca_file = "/a\\u0000"\n',
+    ),
 )
-TABLES: Final = Target("tables", tables_hold, (orjson.dumps(_FULL),), of_json(_NAMES), cases=800)
+TABLES: Final = Target("tables", tables_hold, (orjson.dumps(_FULL),), of_json(_NAMES), cases=300)
 SIDECARS: Final = Target(
     "sidecars",
     sidecars_hold,

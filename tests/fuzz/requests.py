@@ -124,8 +124,7 @@ def check_prepared(body: Mapping[str, Json]) -> None:
         chat.request(full, strict=False),
         chat.request(full, strict=True),
     ):
-        orjson.dumps(asked)
-        assert asked["messages"]
+        assert orjson.loads(orjson.dumps(asked))["messages"] == asked["messages"]
     one, other = warm.two_beginnings(body)
     orjson.dumps([one, other])
     prompt = Prompt.of(body)
@@ -228,7 +227,7 @@ _FORM: Final = {
     "additionalProperties": False,
     "$defs": {"a": {"oneOf": [{"type": "string", "format": "date"}, {"type": "boolean"}]}},
 }
-_MESSAGES: Final[list[Json]] = [
+BODIES: Final[list[Json]] = [
     turn(),
     turn(
         model="claude-haiku-4", output_config={"format": {"type": "json_schema", "schema": _FORM}}
@@ -275,7 +274,7 @@ _CALL: Final = {
     "type": "function",
     "function": {"name": "Bash", "arguments": '{"a": 1}'},
 }
-_CHATS: Final[list[Json]] = [
+CHATS: Final[list[Json]] = [
     {"model": "m", "messages": [{"role": "user", "content": "hi"}]},
     {
         "model": "m",
@@ -312,7 +311,7 @@ _SCHEMAS: Final[list[Json]] = [
     {"type": "number", "exclusiveMinimum": 0.1, "exclusiveMaximum": 7.25},
 ]
 
-_WORDS: Final[tuple[Json, ...]] = (
+WORDS: Final[tuple[Json, ...]] = (
     *("text", "thinking", "tool_use", "tool_result", "image", "document", "search_result"),
     *("tool_reference", "tool_addition", "tool_removal", "server_tool_use", "redacted_thinking"),
     *("x_tool_result", "custom", "bash_1", "web_search_1", "base64", "url", "content", "file"),
@@ -332,6 +331,42 @@ def _dumped(values: list[Json]) -> tuple[bytes, ...]:
     return tuple(map(orjson.dumps, values))
 
 
-MESSAGES: Final = Target("messages", messages_hold, _dumped(_MESSAGES), of_json(_WORDS), cases=1500)
-OPENAI: Final = Target("openai", openai_holds, _dumped(_CHATS), of_json(_WORDS), cases=1500)
-SCHEMAS: Final = Target("schemas", schemas_hold, _dumped(_SCHEMAS), of_json(_KEYWORDS), cases=800)
+def _within(*blocks: Json, **more: Json) -> Json:
+    """A turn whose only block is a result that holds these."""
+    return turn() | {"messages": [said.user(said.result("toolu_1", list(blocks), **more))]}
+
+
+#: What is known by its type must be complete wherever it stands.
+_INCOMPLETE: Final[list[Json]] = [
+    turn(tools=[{"name": "a", "type": None}]),
+    turn(tools=[{"name": "a", "type": None, "input_schema": {}}]),
+    _within({"type": "tool_result"}),
+    _within({"type": "tool_use"}),
+    _within({"type": "tool_addition"}),
+    _within({"type": "search_result", "title": "t", "source": "s", "content": [{"type": "image"}]}),
+    _within(_DOCUMENT | {"source": {"type": "content", "content": [{"type": "document"}]}}),
+    _within({"type": "thinking", "thinking": "h", "text": 5}, is_error=True),
+]
+_BEYOND: Final[list[Json]] = [
+    {"exclusiveMaximum": 1e300},
+    {"type": "integer", "exclusiveMinimum": -1e300, "maximum": 1e300},
+    {"type": "number", "minimum": 1e300},
+]
+
+MESSAGES: Final = Target(
+    "messages",
+    messages_hold,
+    _dumped(BODIES),
+    of_json(WORDS),
+    kept=_dumped(_INCOMPLETE),
+    cases=1000,
+)
+OPENAI: Final = Target("openai", openai_holds, _dumped(CHATS), of_json(WORDS), cases=1000)
+SCHEMAS: Final = Target(
+    "schemas",
+    schemas_hold,
+    _dumped(_SCHEMAS),
+    of_json(_KEYWORDS),
+    kept=_dumped(_BEYOND),
+    cases=600,
+)

@@ -187,7 +187,7 @@ def _block(index: int, block: Json, *deltas: Json) -> list[Json]:
     return [start, *said, {"type": "content_block_stop", "index": index}]
 
 
-_ANSWERS: Final[list[Json]] = [
+SAID: Final[list[Json]] = [
     HELLO,
     [
         HELLO[0],
@@ -243,7 +243,7 @@ _CHUNKED: Final[list[Json]] = [
     [{"error": {"message": "m", "type": "t", "code": 400}}],
     [{"object": "error", "message": "m", "code": 503}],
 ]
-_BARE: Final[list[Json]] = [
+CONTINUATIONS: Final[list[Json]] = [
     [
         {"content": "Hel", "stop": False},
         {"content": "lo", "stop": False},
@@ -272,13 +272,49 @@ _WORDS: Final[tuple[Json, ...]] = (
 )
 
 
-def _target(name: str, parser: Callable[[], _Parser], cases: list[Json]) -> Target:
-    return Target(name, _holds(parser), tuple(map(orjson.dumps, cases)), of_json(_WORDS), cases=600)
+def _told_with(*events: Json) -> list[Json]:
+    """An answer with these events in its middle."""
+    return [HELLO[0], *events, *HELLO[-2:]]
+
+
+#: Values of other types than the API has.
+_MISTYPED: Final[list[Json]] = [
+    *(
+        _told_with(*_block(0, block, *deltas))
+        for block, *deltas in (
+            ({"type": "text"}, {"type": "text_delta", "text": "a"}),
+            ({"type": "text", "text": None},),
+            ({"type": "thinking", "thinking": 1},),
+            ({"type": ["text"], "text": ""},),
+            ({"type": "tool_use", "id": "a"},),
+            ({"type": "tool_use", "id": "a", "name": None},),
+            ({"type": "tool_use", "id": 5, "name": "Bash"},),
+            ({"type": "text", "text": ""}, {"type": "text_delta", "text": {"a": 1}}),
+            ({"type": "text", "text": ""}, {"type": "text_delta"}),
+            ({"type": "text", "text": ""}, {"type": -1, "text": "a"}),
+            ({"type": "thinking", "thinking": ""}, {"type": "signature_delta"}),
+        )
+    ),
+    _told_with(*_block(0, {"type": "text", "text": ""})[:1], *_block(True, {"type": "text"})),
+    _told_with({"type": "message_delta", "delta": {"stop_reason": "a", "stop_sequence": [1]}}),
+]
+_NAMELESS: Final[list[Json]] = [[_call("1"), "[DONE]"]]
+_NO_TEXT: Final[list[Json]] = [
+    [{"content": 1, "stop": False}],
+    [{"content": "", "stop": True, "stop_type": "word", "stopping_word": ["x"]}],
+]
+
+
+def _target(
+    name: str, parser: Callable[[], _Parser], seeds: list[Json], kept: list[Json], cases: int
+) -> Target:
+    written, once = (tuple(map(orjson.dumps, each)) for each in (seeds, kept))
+    return Target(name, _holds(parser), written, of_json(_WORDS), once, cases)
 
 
 SSE: Final = Target(
-    "sse", sse_holds, _RAW, of_bytes((b"data: ", b"data", b"event: ", b":")), cases=500
+    "sse", sse_holds, _RAW, of_bytes((b"data: ", b"data", b"event: ", b":")), cases=400
 )
-ANSWERS: Final = _target("answers", SSEParser, _ANSWERS)
-CHUNKED: Final = _target("chunks", Chunks, _CHUNKED)
-BARE: Final = _target("bare", Continuation, _BARE)
+ANSWERS: Final = _target("answers", SSEParser, SAID, _MISTYPED, 500)
+CHUNKED: Final = _target("chunks", Chunks, _CHUNKED, _NAMELESS, 400)
+BARE: Final = _target("bare", Continuation, CONTINUATIONS, _NO_TEXT, 300)
