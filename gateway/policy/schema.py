@@ -392,7 +392,7 @@ def _of_number(kind: str, branch: _Branch) -> Shape | None:
 
 
 def _decimal(number: float) -> Decimal:
-    """`number`, as far as it matters: beyond all that is allowed one bound is as good as another."""
+    """`number`, or the largest that matters: beyond all that is allowed any bound will do."""
     return Decimal(repr(max(-_BEYOND, min(_BEYOND, number))))
 
 

@@ -53,6 +53,10 @@ _DELTAS: Final[Mapping[str, tuple[str, str]]] = {
 }
 
 
+#: What the end of a message says of it; more there may be, but nothing that its start says.
+_OF_THE_END: Final = frozenset({"stop_reason", "stop_sequence", "usage"})
+
+
 class Truncated(Exception):
     """The upstream's stream ended before it said why."""
 
@@ -286,7 +290,8 @@ class Repair:
         kind = block["type"]
         _check_is(str, kind)
         if kind in ("text", "thinking"):
-            _check_is(str, block.setdefault(kind, ""))
+            block = {**block, kind: block.get(kind, "")}
+            _check_is(str, block[kind])
         elif kind == "tool_use":
             _check_is(str, block["name"])
             _check_is(str, block.get("id", ""))
@@ -415,8 +420,9 @@ class Assembly:
                 else:
                     self._parts[-1].append(_payload(delta))
             case "message_delta":
-                self._message |= body["delta"]
-                self._message["usage"] = body["usage"]
+                ending = {**body["delta"], "usage": body["usage"]}
+                taken = self._message.keys() - _OF_THE_END
+                self._message |= {name: ending[name] for name in ending if name not in taken}
 
     def message(self) -> dict[str, Json]:
         """The whole message; call it after the last event."""

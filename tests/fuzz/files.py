@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -77,6 +78,7 @@ def _check_config(found: config.Config) -> None:
     """What is taken can be worked with."""
     assert "main" in found.tier
     assert found.gateway.state_dir.is_absolute()
+    assert "\0" not in str(found.gateway.state_dir)
     assert all(rule.tier in found.tier for rule in found.route)
     assert found.longest_grace >= 0
     assert all(isinstance(line, str) for line in config.missing_keys(found))
@@ -114,20 +116,17 @@ def gguf_holds(data: bytes) -> None:
     file.write_bytes(data)
     try:
         found = gguf.read(file)
-    except NotGguf as error:
-        assert str(error)
+    except NotGguf:
+        pass
     else:
         assert found.layers == len(found.windowed) > 0
         assert found.kind in ("plain", "sliding-window", "recurrent")
         for kind in gguf.CACHE_TYPES:
             assert found.bytes_per_token(kind, kind) >= 0
             assert found.state_bytes(10, kind, kind) <= found.state_bytes(20, kind, kind)
-    try:
+    with suppress(NotGguf):
         gguf.check_whole(file)
-    except NotGguf as error:
-        assert str(error)
-    finally:
-        file.unlink()
+    file.unlink()
 
 
 # --- logs -----------------------------------------------------------------------------------------
@@ -181,8 +180,10 @@ _NAMES: Final[tuple[Json, ...]] = (
 TOML: Final = Target(
     "toml",
     toml_holds,
-    tuple(file.read_bytes() for file in sorted(_ETC.glob("*.toml")))
-    + (b'[tier.main]\nurl = "http://a:1"\n',),
+    (
+        *(file.read_bytes() for file in sorted(_ETC.glob("*.toml"))),
+        b'[tier.main]\nurl = "http://a:1"\n',
+    ),
     of_bytes((b"[tier.x]\n", b"[[route]]\n", b"url = ", b'"""', b"1979-05-27", b"inf", b"[a]")),
     kept=(
         b'[gateway]\nstate_dir = "~nobody of this name/a"\n[tier.main]\nurl = "http://a:1"\n',
@@ -214,8 +215,8 @@ LOGLINES: Final = Target(
     (
         PREFILLING.encode() + b"\n",
         b"slot print_timing: id  0 | task 7 | prompt eval time = 10.5 ms / 30 tokens\r\n",
-        b"srv stop: cancel task, id_task = 5\nslot release: id 0 | task 5 | stop processing: "
-        b"n_tokens = 9, truncated = 0\n",
+        b"srv stop: cancel task, id_task = 5\n",
+        b"slot release: id 0 | task 5 | stop processing: n_tokens = 9, truncated = 0\n",
     ),
     of_bytes((b"slot x: id 0 | task ", b"n_tokens = ", b"progress = ", b"processing task")),
 )

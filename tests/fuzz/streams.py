@@ -1,4 +1,4 @@
-"""What upstreams send: any bytes are an answer that keeps the API's promises, or a known failure."""
+"""What upstreams send: any bytes are an answer as the API promises it, or a known failure."""
 
 from __future__ import annotations
 
@@ -23,6 +23,10 @@ from tests.wire.test_sse import by_the_book
 Json = Any
 
 
+#: Bytes of a stream that is read byte by byte, several times.
+_LONGEST: Final = 512
+
+
 class _Parser(Protocol):
     def feed(self, chunk: bytes) -> list[SSEEvent]: ...
 
@@ -32,7 +36,7 @@ class _Parser(Protocol):
 
 def sse_holds(data: bytes) -> None:
     """Bytes in pieces of any size give the events that the format says, and nothing is hoarded."""
-    data += b"\n"
+    data = data[:_LONGEST] + b"\n"
     wanted = by_the_book(data)
     for size in (1, 2, 3, 7, len(data)):
         parser = SSEParser()
@@ -100,7 +104,6 @@ def _told(parser: _Parser, pieces: Sequence[bytes]) -> tuple[list[Event], str]:
                 told += mending.feed(event)
         told += mending.end()
     except ApiError as error:
-        assert error.status >= 400
         orjson.dumps(error.envelope("req_1"))
         return told, str(error)
     except (EventTooLong, Truncated) as error:
@@ -163,8 +166,8 @@ def check_answer(told: Sequence[Event], *, is_whole: bool) -> None:
         assembly.add(told)
         message = assembly.message()
         assert len(message["content"]) == blocks
-        for dialect in (MESSAGES, Chat("my-model", 1), Text("my-model", 1)):
-            assert orjson.loads(dialect.whole(message))["model"] == "my-model"
+        for written in (MESSAGES, Chat("my-model", 1), Text("my-model", 1)):
+            assert orjson.loads(written.whole(message))["model"] == "my-model"
 
 
 def _check_block(block: Json) -> None:
@@ -288,7 +291,6 @@ _MISTYPED: Final[list[Json]] = [
             ({"type": ["text"], "text": ""},),
             ({"type": "tool_use", "id": "a"},),
             ({"type": "tool_use", "id": "a", "name": None},),
-            ({"type": "tool_use", "id": 5, "name": "Bash"},),
             ({"type": "text", "text": ""}, {"type": "text_delta", "text": {"a": 1}}),
             ({"type": "text", "text": ""}, {"type": "text_delta"}),
             ({"type": "text", "text": ""}, {"type": -1, "text": "a"}),
@@ -296,7 +298,8 @@ _MISTYPED: Final[list[Json]] = [
         )
     ),
     _told_with(*_block(0, {"type": "text", "text": ""})[:1], *_block(True, {"type": "text"})),
-    _told_with({"type": "message_delta", "delta": {"stop_reason": "a", "stop_sequence": [1]}}),
+    [{"type": "message_delta", "delta": {"stop_reason": "a", "model": 1, "content": 5}}],
+    [HELLO[0], {"type": "message_delta", "delta": {"stop_reason": "a", "stop_sequence": [1]}}],
 ]
 _NAMELESS: Final[list[Json]] = [[_call("1"), "[DONE]"]]
 _NO_TEXT: Final[list[Json]] = [
