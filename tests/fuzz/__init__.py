@@ -34,4 +34,4 @@ class Target:
     seeds: Sequence[bytes]
     change: Callable[[bytes, Random], bytes]
     kept: Sequence[bytes] = ()
-    cases: int = 300
+    cases: int = 1000

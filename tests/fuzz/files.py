@@ -190,6 +190,7 @@ TOML: Final = Target(
         b'[gateway]\nstate_dir = "/a\\u0000"\n[tier.main]\nurl = "http://a:1"\n',
         b'[tier.main]\nkind = "openai"\nurl = "http://a:1"\nca_file = "/a\\u0000"\n',
     ),
+    cases=300,
 )
 TABLES: Final = Target("tables", tables_hold, (orjson.dumps(_FULL),), of_json(_NAMES), cases=300)
 SIDECARS: Final = Target(

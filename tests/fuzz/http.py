@@ -255,4 +255,4 @@ _KEPT: Final = (
     *(_case("/v1/messages/count_tokens", BODIES[0], asked=_ODD_SERVER | odd) for odd in _NO_COUNT),
 )
 
-HTTP: Final = Target("http", holds, _SEEDS, of_json(_HTTP_WORDS), _KEPT, 300)
+HTTP: Final = Target("http", holds, _SEEDS, of_json(_HTTP_WORDS), _KEPT, 600)
