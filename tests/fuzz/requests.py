@@ -336,8 +336,9 @@ def _within(*blocks: Json, **more: Json) -> Json:
     return turn() | {"messages": [said.user(said.result("toolu_1", list(blocks), **more))]}
 
 
-#: What is known by its type must be complete wherever it stands.
+#: What is known by its type must be complete wherever it stands, and what is empty says nothing.
 _INCOMPLETE: Final[list[Json]] = [
+    turn(system=""),
     turn(tools=[{"name": "a", "type": None}]),
     turn(tools=[{"name": "a", "type": None, "input_schema": {}}]),
     _within({"type": "tool_result"}),
