@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-import tomllib
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -48,7 +47,7 @@ def toml_holds(data: bytes) -> None:
         _check_mistakes(error)
     else:
         _check_config(found)
-        assert found == config.parse(tomllib.loads(data.decode()), KINDS)
+        assert found == config.load(file, KINDS)
     finally:
         file.unlink()
 
