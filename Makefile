@@ -34,7 +34,7 @@ tests: $(VENV)/test $(VENV)/demo
 bench: $(VENV)/test $(VENV)/demo
 	bin/isolated $(BIN)/python -m bench.streams
 
-# An hour and a half at the least: SECONDS=60 for a short one, TARGETS="sse http" for some of them.
+# An hour and a half; SECONDS=60 for a short one, TARGETS="sse http" for some of them.
 fuzz: SECONDS ?= 420
 fuzz: $(VENV)/test
 	$(PIP) install --editable '.[fuzz]'

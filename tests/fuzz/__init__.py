@@ -3,7 +3,7 @@ Anything at all, for every room that reads what others wrote.
 
 A target (`Target`) is a room and what holds of it whatever it is given; each stands in a module of
 its own and is listed in `tests.fuzz.targets`.  The same targets are used twice: ``make test`` gives
-each a few hundred cases, always the same ones, and ``python -m tests.fuzz`` goes on for as long as
+each some hundred cases, always the same ones, and ``python -m tests.fuzz`` goes on for as long as
 one likes, led by what the cases reach (atheris).
 """
 
