@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: run test lint types layers docs tests bench clean
+.PHONY: run test lint types layers docs tests bench fuzz clean
 
 run: $(VENV)/demo
 	$(BIN)/twistd -n --pidfile= claudegw --config etc/demo.toml
@@ -33,6 +33,12 @@ tests: $(VENV)/test $(VENV)/demo
 
 bench: $(VENV)/test $(VENV)/demo
 	bin/isolated $(BIN)/python -m bench.streams
+
+# An hour and a half; SECONDS=60 for a short one, TARGETS="sse http" for some of them.
+fuzz: SECONDS ?= 420
+fuzz: $(VENV)/test
+	$(PIP) install --editable '.[fuzz]'
+	$(BIN)/python -m tests.fuzz $(TARGETS) --seconds $(SECONDS)
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info

@@ -492,9 +492,7 @@ def _converter() -> Converter:
     for kind, name in ((str, "a string"), (int, "an integer"), (bool, "true or false")):
         converter.register_structure_hook(kind, _exactly(kind, name))
     converter.register_structure_hook(float, _a_number)
-    converter.register_structure_hook(
-        Path, lambda value, _: Path(_exactly(str, "a path")(value, str))
-    )
+    converter.register_structure_hook(Path, _a_path)
     strings = converter.get_structure_hook(tuple[str, ...])
 
     def listed(value: Any, kind: Any) -> Any:
@@ -533,6 +531,18 @@ def _exactly(kind: type, name: str) -> Callable[[Any, Any], Any]:
         return value
 
     return structure
+
+
+def _a_path(value: Any, _: Any) -> Path:
+    path = Path(_exactly(str, "a path")(value, str))
+    try:
+        path.expanduser()
+        is_possible = "\0" not in value
+    except RuntimeError:  # nobody here has this home
+        is_possible = False
+    if not is_possible:
+        raise Mistake(f"expected a path that there can be, got {value!r}")
+    return path
 
 
 def _a_number(value: Any, _: Any) -> float:

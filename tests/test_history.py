@@ -15,6 +15,8 @@ from typing import Any
 
 import attrs
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from twisted.internet.task import Clock
 from twisted.logger import LogEvent, formatEvent
 
@@ -468,3 +470,31 @@ def test_what_belongs_to_a_broken_file_goes_with_it(desk: Desk) -> None:
         assert history._set_aside(desk.path) == desk.folder / "ledger.aside"
     left = {path.name: path.read_text() for path in desk.folder.iterdir()}
     assert left == {"ledger.aside": "newer", "ledger.aside-wal": "newer"}
+
+
+# --- rows -----------------------------------------------------------------------------------------
+
+_WORDS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+_COUNTS = st.integers(0, 2**40)
+_SECONDS = st.floats(0, 1e10)
+_CALLS = st.fixed_dictionaries(
+    {
+        **dict.fromkeys(("id", "kind", "session", "model", "tier", "rule", "outcome"), _WORDS),
+        **dict.fromkeys(("at", "waited", "took"), _SECONDS),
+        **dict.fromkeys(("resent", "cached", "output"), _COUNTS),
+        "background": st.booleans(),
+        "first": st.none() | _SECONDS,
+        "input": st.none() | _COUNTS,
+        "cold": st.none() | st.dictionaries(_WORDS, _WORDS | _COUNTS, max_size=3),
+    }
+)
+
+
+@given(st.lists(_CALLS, max_size=6), st.integers(1, 5))
+def test_what_is_written_is_read_again(calls: list[dict[str, Any]], most: int) -> None:
+    """Calls come back as they were, the newest first, and of too many the oldest go."""
+    with closing(sqlite3.connect(":memory:")) as connection:
+        connection.executescript(history._SCHEMA)
+        history._write([history._row(call) for call in calls], 0.0, most, connection)
+        found = list(history._calls(connection, history._LAST, 100))
+    assert found == calls[::-1][:most]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from hashlib import blake2b
 from typing import Any, Final
@@ -97,7 +98,7 @@ class LlamaClient:
     async def props(self) -> Props:
         """What the server says of itself.  Raises ApiError while it is down or loading."""
         said = await self._upstream.ask("GET", "/props")
-        try:
+        with self._understood():
             text = str(said.get("chat_template") or "")
             return Props(
                 n_ctx=int(said["default_generation_settings"]["n_ctx"]),
@@ -108,8 +109,6 @@ class LlamaClient:
                 template_digest=blake2b(text.encode(), digest_size=16).hexdigest(),
                 model_path=str(said.get("model_path") or ""),
             )
-        except (KeyError, TypeError, ValueError, AttributeError):
-            raise self._no_llama() from None
 
     async def health(self) -> Health:
         """How the server is (``GET /health``, which a thread of its own answers)."""
@@ -123,10 +122,8 @@ class LlamaClient:
         Ask at most every 2 s: each answer restarts the second after which llama-server looks
         whether the clients of its other calls are still there.
         """
-        try:
+        with self._understood():
             return sum(bool(slot["is_processing"]) for slot in await self.slots())
-        except (KeyError, TypeError):
-            raise self._no_llama() from None
 
     async def slots(self) -> Sequence[Mapping[str, Json]]:
         """What ``GET /slots`` says of each slot; ask as seldom as for `busy_slots`."""
@@ -138,17 +135,21 @@ class LlamaClient:
     async def apply_template(self, chat: Mapping[str, Json]) -> str:
         """The prompt that a chat-shaped body renders to."""
         said = await self._upstream.ask("POST", "/apply-template", chat)
-        return str(said["prompt"])
+        with self._understood():
+            return str(said["prompt"])
 
     async def count(self, prompt: str) -> int:
         """The tokens of a rendered prompt, tokenized as a completion's prompt is."""
         wanted = {"content": prompt, "add_special": True, "parse_special": True}
-        return len((await self._upstream.ask("POST", "/tokenize", wanted))["tokens"])
+        said = await self._upstream.ask("POST", "/tokenize", wanted)
+        with self._understood():
+            return len(said["tokens"])
 
     async def count_tokens(self, body: Mapping[str, Json]) -> int:
         """The server's own count of a Messages-shaped body."""
         said = await self._upstream.ask("POST", "/v1/messages/count_tokens", body)
-        return int(said["input_tokens"])
+        with self._understood():
+            return int(said["input_tokens"])
 
     async def count_body(
         self,
@@ -205,16 +206,17 @@ class LlamaClient:
         """The answer to a bare prompt (``POST /completion``, not streamed)."""
         answer = await self._upstream.request("POST", "/completion", wanted)
         said = await self._upstream.json(answer)
-        timings = said.get("timings", {})
-        return Completion(
-            text=str(said["content"]),
-            stopped=str(said.get("stop_type", "")),
-            evaluated=int(timings.get("prompt_n", said.get("tokens_evaluated", 0))),
-            cached=int(timings.get("cache_n", 0)),
-            generated=int(said.get("tokens_predicted", 0)),
-            prefill=float(timings.get("prompt_ms", 0)) / 1000,
-            generation=float(timings.get("predicted_ms", 0)) / 1000,
-        )
+        with self._understood():
+            timings = said.get("timings", {})
+            return Completion(
+                text=str(said["content"]),
+                stopped=str(said.get("stop_type", "")),
+                evaluated=int(timings.get("prompt_n", said.get("tokens_evaluated", 0))),
+                cached=int(timings.get("cache_n", 0)),
+                generated=int(said.get("tokens_predicted", 0)),
+                prefill=float(timings.get("prompt_ms", 0)) / 1000,
+                generation=float(timings.get("predicted_ms", 0)) / 1000,
+            )
 
     async def save_slot(self, slot: int, filename: str) -> Moved:
         """
@@ -225,11 +227,9 @@ class LlamaClient:
         without a folder, 400 for a name with separators.
         """
         said = await self._slot(slot, "save", {"filename": filename})
-        try:
+        with self._understood():
             seconds = float(said["timings"]["save_ms"]) / 1000
             return Moved(int(said["n_saved"]), int(said["n_written"]), seconds)
-        except (KeyError, TypeError, ValueError):
-            raise self._no_llama() from None
 
     async def restore_slot(self, slot: int, filename: str) -> Moved:
         """
@@ -238,11 +238,9 @@ class LlamaClient:
         Raises ApiError (400) where the server cannot read the file; the slot is empty then.
         """
         said = await self._slot(slot, "restore", {"filename": filename})
-        try:
+        with self._understood():
             seconds = float(said["timings"]["restore_ms"]) / 1000
             return Moved(int(said["n_restored"]), int(said["n_read"]), seconds)
-        except (KeyError, TypeError, ValueError):
-            raise self._no_llama() from None
 
     async def _streamed(self, path: str, body: Mapping[str, Json]) -> Answer:
         answer = await self._upstream.request("POST", path, {**body, "stream": True})
@@ -253,6 +251,14 @@ class LlamaClient:
     async def _slot(self, slot: int, action: str, wanted: Mapping[str, Json]) -> Json:
         path = f"/slots/{slot}?action={action}"
         return await self._upstream.ask("POST", path, wanted, patience=SLOT_PATIENCE)
+
+    @contextmanager
+    def _understood(self) -> Iterator[None]:
+        """What is made of an answer; raises ApiError where it is none of a llama-server."""
+        try:
+            yield
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError):
+            raise self._no_llama() from None
 
     def _no_llama(self) -> ApiError:
         return ApiError(

@@ -98,7 +98,7 @@ def _search_result(block: Mapping[str, Json], template: Template) -> list[Json]:
 def _tool_result(block: Mapping[str, Json], template: Template) -> list[Json]:
     inside = told(block.get("content") or [], template)
     if block.get("is_error"):
-        words = "".join(part.get("text", "") for part in inside)
+        words = "".join(part["text"] for part in inside if part["type"] == "text")
         if not words.lstrip().lower().startswith(_SAYS_ERROR):
             inside.insert(0, _text("Error: " if words else "Error"))
     return [{"type": "tool_result", "tool_use_id": block["tool_use_id"], "content": inside}]

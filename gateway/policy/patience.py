@@ -21,6 +21,9 @@ from gateway.wire.errors import ApiError
 _CUT_OFF: Final = 360.0
 _DEFAULT: Final = 600.0
 
+#: What nobody means who says how long he waits: more than a month.
+_LONGEST: Final = 31 * 86400.0
+
 #: Seconds before that in which it is told.
 _IN_TIME: Final = 10.0
 
@@ -53,6 +56,8 @@ def client_waits(headers: Mapping[str, str]) -> float | None:
     try:
         timeout = float(headers.get("x-stainless-timeout", _DEFAULT))
     except ValueError:
+        timeout = _DEFAULT
+    if not 0 <= timeout <= _LONGEST:  # nor can any clock count it
         timeout = _DEFAULT
     limit = timeout if timeout > _DEFAULT else min(timeout, _CUT_OFF)
     return max(1.0, limit - _IN_TIME)

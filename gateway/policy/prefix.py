@@ -102,7 +102,7 @@ def prepare(request: MessagesRequest, template: Template) -> dict[str, Json]:
 
 def _messages(request: MessagesRequest, template: Template) -> tuple[list[str], list[Json]]:
     """The system texts, those before the first turn included, and the conversation."""
-    system = [text for text in request.system if not text.startswith(_ATTRIBUTION)]
+    system = [text for text in request.system if text and not text.startswith(_ATTRIBUTION)]
     said = deque(
         (message["role"], told(message["content"], template)) for message in request.messages
     )

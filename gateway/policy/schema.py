@@ -52,6 +52,9 @@ _STEPS: Final = 20_000
 _LARGEST: Final = 2**53 - 1
 _LARGEST_FRACTION: Final = 10**15
 
+#: Larger than both.
+_BEYOND: Final = 10**16
+
 #: The most items or characters that a bound may ask for.
 _MOST: Final = 64_000
 
@@ -389,7 +392,8 @@ def _of_number(kind: str, branch: _Branch) -> Shape | None:
 
 
 def _decimal(number: float) -> Decimal:
-    return Decimal(repr(number))
+    """`number`, or the largest that matters: beyond all that is allowed any bound will do."""
+    return Decimal(repr(max(-_BEYOND, min(_BEYOND, number))))
 
 
 def _beyond(bound: Decimal, step: Decimal) -> Decimal:

@@ -149,7 +149,7 @@ def _usable(request: MessagesRequest) -> Iterator[Json]:
 
 def _known(tool: Mapping[str, Json]) -> Json | None:
     """A tool as llama-server takes it, or None where nobody here can run it."""
-    kind = tool.get("type", "custom")
+    kind = tool.get("type") or "custom"
     if kind == "custom":
         described = tool.get("description") or ""
         if tool.get("input_examples"):

@@ -72,7 +72,7 @@ class Access:
                 " add it to hosts in [gateway] if it should.",
             )
         origin = headers.get("origin", "")
-        if origin and _without_port(urlsplit(origin).netloc).lower() not in known:
+        if origin and _without_port(_place(origin)) not in known:
             return ApiError(
                 "permission_error", "Web pages of other places may not use this gateway."
             )
@@ -108,7 +108,7 @@ def is_own_page(headers: Mapping[str, str], *, posted: bool) -> bool:
     origin = headers.get("origin")
     if origin is None:
         return not posted
-    return urlsplit(origin).netloc.lower() == headers.get("host", "").lower()
+    return _place(origin) == headers.get("host", "").lower()
 
 
 def _password(authorization: str) -> str:
@@ -118,6 +118,14 @@ def _password(authorization: str) -> str:
         return ""
     try:
         return b64decode(shown, validate=True).partition(b":")[2].decode("latin-1")
+    except ValueError:
+        return ""
+
+
+def _place(origin: str) -> str:
+    """The host of an origin, in lower case, with its port; "" where nothing can be read there."""
+    try:
+        return urlsplit(origin).netloc.lower()
     except ValueError:
         return ""
 

@@ -108,13 +108,11 @@ class Chunks:
         ]
 
     def _event(self, event: SSEEvent) -> Iterator[Json]:
-        if event.data.strip() == b"[DONE]":
-            if self._started and not self._stopped:
-                yield from self._stop({"finish_reason": "stop"})
-            return
         try:
-            body = orjson.loads(event.data)
-            yield from self._chunk(body)
+            if event.data.strip() != b"[DONE]":
+                yield from self._chunk(orjson.loads(event.data))
+            elif self._started and not self._stopped:
+                yield from self._stop({"finish_reason": "stop"})
         except (ValueError, LookupError, TypeError, AttributeError):
             yield SSEEvent(event.name, b"")  # which nobody takes for an event
 

@@ -44,12 +44,17 @@ STILL: Final = sse.encode(
     ),
 )
 
-_KIND_OF_DELTA: Final[Mapping[str, str]] = {
-    "text_delta": "text",
-    "thinking_delta": "thinking",
-    "signature_delta": "thinking",
-    "input_json_delta": "tool_use",
+#: The kinds of deltas that we know: of which kind of block, and where what they say stands.
+_DELTAS: Final[Mapping[str, tuple[str, str]]] = {
+    "text_delta": ("text", "text"),
+    "thinking_delta": ("thinking", "thinking"),
+    "signature_delta": ("thinking", "signature"),
+    "input_json_delta": ("tool_use", "partial_json"),
 }
+
+
+#: What the end of a message says of it; more there may be, but nothing that its start says.
+_OF_THE_END: Final = frozenset({"stop_reason", "stop_sequence", "usage"})
 
 
 class Truncated(Exception):
@@ -219,6 +224,7 @@ class Repair:
                 case "message_delta":
                     self.usage.learn(body.get("usage") or {})
                     if body["delta"].get("stop_reason") is not None:
+                        _check_is(str | None, body["delta"].get("stop_sequence"))
                         self._ending = body["delta"]
                     return []
                 case "error":
@@ -270,6 +276,7 @@ class Repair:
     def _start_block(self, body: Mapping[str, Json]) -> list[Event]:
         there, block = body["index"], body["content_block"]
         kind, identity = block["type"], block.get("id", "")
+        _check_is(int, there)
         now = self._block
         if now and (now.there, now.kind, now.id) == (there, kind, identity):
             return []  # opened twice
@@ -281,6 +288,13 @@ class Repair:
 
     def _open(self, there: int, block: Mapping[str, Json]) -> list[Event]:
         kind = block["type"]
+        _check_is(str, kind)
+        if kind in ("text", "thinking"):
+            block = {**block, kind: block.get(kind, "")}
+            _check_is(str, block[kind])
+        elif kind == "tool_use":
+            _check_is(str, block["name"])
+            _check_is(str, block.get("id", ""))
         events = [*self._start(), *self._close()]
         self._block = _Block(there, self._next_index, kind, block.get("id", ""))
         self._next_index += 1
@@ -297,7 +311,9 @@ class Repair:
         there, delta = body["index"], body["delta"]
         if there in self._left_out:
             return []
-        kind = _KIND_OF_DELTA.get(delta["type"])
+        kind, says = _DELTAS.get(delta["type"], (None, "type"))
+        if type(there) is not int or type(delta[says]) is not str:
+            raise TypeError
         now = self._block
         if now is not None and now.there == there and _goes_into(kind, now.kind):
             if delta["type"] == "signature_delta":
@@ -358,6 +374,12 @@ class Repair:
         )
 
 
+def _check_is(kind: Any, value: Json) -> None:
+    """Raises TypeError where `value` is not of a type of JSON; true and false are no numbers."""
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise TypeError
+
+
 def _goes_into(kind: str | None, block: str) -> bool:
     """Whether a block takes deltas of this kind; None is one that we do not know."""
     return kind in (block, None) or (kind == "tool_use" and block.endswith("_tool_use"))
@@ -398,8 +420,9 @@ class Assembly:
                 else:
                     self._parts[-1].append(_payload(delta))
             case "message_delta":
-                self._message |= body["delta"]
-                self._message["usage"] = body["usage"]
+                ending = {**body["delta"], "usage": body["usage"]}
+                taken = self._message.keys() - _OF_THE_END
+                self._message |= {name: ending[name] for name in ending if name not in taken}
 
     def message(self) -> dict[str, Json]:
         """The whole message; call it after the last event."""

@@ -17,6 +17,7 @@ import attrs
 import orjson
 
 from gateway.wire.checks import (
+    Check,
     by_type,
     each,
     fields,
@@ -142,6 +143,10 @@ def checked(body: dict[str, Json], size: int, *, counting: bool = False) -> Mess
 
 # --- what a body must be ----------------------------------------------------------------------
 
+#: What is known of each type of block; blocks hold others, so it is filled below.
+_BLOCKS: Final[dict[str, Check]] = {}
+_content = text_or(each(by_type(_BLOCKS)))
+
 _text_block = fields({"text": is_a(str)})
 _image_block = fields(
     {
@@ -158,47 +163,34 @@ _document_block = fields(
         "source": by_type(
             {
                 "text": fields({"data": is_a(str)}),
-                "content": fields(
-                    {
-                        "content": text_or(
-                            each(by_type({"text": _text_block, "image": _image_block}))
-                        )
-                    }
-                ),
+                "content": fields({"content": _content}),
             }
         )
     },
     {"title": is_a(str), "context": is_a(str)},
 )
 _search_result_block = fields(
-    {"title": is_a(str), "source": is_a(str), "content": each(by_type({"text": _text_block}))}
+    {"title": is_a(str), "source": is_a(str), "content": each(by_type(_BLOCKS))}
 )
 _reference_block = fields({"tool_name": filled})
 _change_block = fields({"tool": fields({"name": filled})})
-_SHOWN: Final = {
-    "text": _text_block,
-    "image": _image_block,
-    "document": _document_block,
-    "search_result": _search_result_block,
-    "tool_reference": _reference_block,
-}
 _result_block = fields(
     {"tool_use_id": filled},
-    {"content": text_or(each(by_type(_SHOWN))), "is_error": is_a(bool)},
+    {"content": _content, "is_error": is_a(bool)},
 )
-_content = text_or(
-    each(
-        by_type(
-            {
-                **_SHOWN,
-                "thinking": fields({"thinking": is_a(str)}),
-                "tool_use": fields({"id": filled, "name": filled, "input": is_a(dict)}),
-                "tool_result": _result_block,
-                "tool_addition": _change_block,
-                "tool_removal": _change_block,
-            }
-        )
-    )
+_BLOCKS.update(
+    {
+        "text": _text_block,
+        "image": _image_block,
+        "document": _document_block,
+        "search_result": _search_result_block,
+        "tool_reference": _reference_block,
+        "thinking": fields({"thinking": is_a(str)}),
+        "tool_use": fields({"id": filled, "name": filled, "input": is_a(dict)}),
+        "tool_result": _result_block,
+        "tool_addition": _change_block,
+        "tool_removal": _change_block,
+    }
 )
 _message = fields({"role": one_of("user", "assistant", "system"), "content": _content})
 
@@ -211,7 +203,7 @@ def _tool(value: Json, path: str) -> None:
     fields(
         {"name": filled}, {"type": filled, "description": is_a(str), "defer_loading": is_a(bool)}
     )(value, path)
-    if value.get("type", "custom") == "custom":
+    if (value.get("type") or "custom") == "custom":
         fields({"input_schema": is_a(dict)})(value, path)
 
 

@@ -69,6 +69,8 @@ DRY: Final = (
     "make layers",
     "make docs",
     "make bench",
+    "make fuzz",
+    'make fuzz TARGETS="answers http" SECONDS=600',
 )
 
 #: Begins of commands that another test runs, and which.

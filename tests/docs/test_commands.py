@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -195,7 +196,7 @@ def test_claude_code_is_started(tmp_path: Path) -> None:
 @pytest.mark.parametrize("goal", DRY)
 def test_a_goal_of_make(goal: str) -> None:
     """Make knows how it would reach it."""
-    program_, *rest = goal.split()
+    program_, *rest = shlex.split(goal)
     done = subprocess.run(
         [program_, "--dry-run", *rest], cwd=ROOT, capture_output=True, timeout=PATIENCE, check=False
     )

@@ -9,6 +9,8 @@ from typing import Any
 
 import attrs
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from twisted.internet.error import ProcessDone, ProcessTerminated
 from twisted.internet.task import Clock
 from twisted.logger import LogEvent
@@ -50,6 +52,20 @@ class Scene:
     def end(self, reason: Exception | None = None) -> None:
         self.output.processExited(Failure(reason or ProcessDone(0)))
         self.output.processEnded(Failure(reason or ProcessDone(0)))
+
+
+@given(st.lists(st.binary(max_size=40) | st.just(b"\n") | st.just(b"x" * 3000), max_size=12))
+def test_however_it_comes_it_is_told_by_lines_and_its_end_is_kept(pieces: list[bytes]) -> None:
+    """What is heard is the lines of all that was said; of that the last bytes are kept, no more."""
+    heard: list[str] = []
+    output = Output(Path("/nowhere"), heard.append, lambda _: None, Clock())
+    for piece in pieces:
+        output.outReceived(piece)
+        assert len(output._last) <= 2000
+    said = b"".join(pieces)
+    assert output._last == said[-2000:]
+    lines = [line.decode("utf-8", "replace") for line in said.split(b"\n")]
+    assert [line.removesuffix("\r") for line in lines[:-1]] == heard
 
 
 @pytest.fixture

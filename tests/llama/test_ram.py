@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from gateway.config import MIB
 from gateway.llama.ram import budget, of_command
 from tests.llama.test_snapshots import Disk, keep
 
@@ -27,6 +30,14 @@ def test_four_contexts_are_kept_where_there_is_room(
 ) -> None:
     """Four, or a quarter of what the model leaves, and one at least."""
     assert budget(context, machine, model) == mib
+
+
+@given(*[st.integers(0, 2**50)] * 3)
+def test_one_context_fits_and_four_at_most_are_kept(context: int, machine: int, model: int) -> None:
+    """The budget holds one context whatever the machine, and never more than four."""
+    found = budget(context, machine, model) * MIB
+    assert context <= found < 4 * context + MIB
+    assert found < max(context, (max(0, machine - model)) // 4) + MIB
 
 
 def test_a_real_model_is_read(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from jsonschema import Draft202012Validator
 
 from gateway.policy import grammar
 from gateway.policy.schema import read
-from gateway.policy.shapes import List, Number, Shape, Text, Values
+from gateway.policy.shapes import ENDLESS, List, Number, Shape, Text, Values, portions
 from tests.schemas import Speaker, answers
 
 #: How talkative a speaker is: the shortest texts, some, and the longest ones.
@@ -52,6 +52,16 @@ def test_what_is_let_through_fits_and_closes(schema: Any, room: int) -> None:
         validator.validate(orjson.loads(text))
         assert form.fits(text)
         assert characters(text) <= max(room, form.shape.shortest)
+
+
+@given(st.integers(-10, 10**6), st.integers(0, 10**4), st.integers(1, 10**5) | st.just(ENDLESS))
+def test_portions_fit_their_room(room: int, shortest: int, longest: float) -> None:
+    """There is one thing at least, and several have room together, each for its shortest form."""
+    count, each = portions(room, shortest, longest)
+    assert count >= 1
+    assert count == 1 or count * each <= room
+    assert each >= min(shortest, longest)
+    assert each <= longest
 
 
 @given(st.integers(-(10**5), 10**5), st.integers(0, 10**5), st.integers(-(10**6), 10**6))

@@ -444,6 +444,26 @@ def test_a_choice_without_tools_is_not_sent() -> None:
     assert prepared(tool_choice={"type": "none"}, tools=[]) == prepared()
 
 
+@given(
+    st.permutations(["Bash", "Read", "Zoom", "Alarm", "WebFetch"]),
+    st.sets(st.sampled_from(["Zoom", "Alarm", "Read"])),
+)
+def test_tools_stand_in_an_order_of_their_own(names: list[str], late: set[str]) -> None:
+    """Wherever the client puts a tool, and whatever it marks in it, what is offered is the same."""
+    schema = {"type": "object"}
+    plain = [
+        {"name": name, "input_schema": schema, "defer_loading": name in late}
+        for name in sorted(names)
+    ]
+    shuffled = [
+        {**tool, **MARK, "description": ""}
+        for name in names
+        for tool in plain
+        if tool["name"] == name
+    ]
+    assert prepared(tools=shuffled) == prepared(tools=plain)
+
+
 # --- the property -----------------------------------------------------------------------------
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gateway.config import RouteRule
-from gateway.policy.calls import Call
+from gateway.policy.calls import KINDS, Call
 from gateway.policy.routes import Route, choose, too_long_for_small
 
 BOTH = ("main", "small")
@@ -35,6 +37,34 @@ def test_each_kind_has_a_default(kind: Any, tier: str) -> None:
     background = kind in ("suggestion", "recap")
     expected = Route(tier, f"{kind}: because", background)
     assert choose(Call(kind, "because"), "m", (), BOTH) == expected
+
+
+_GLOBS = st.text("ab*?[]!-\\{}", max_size=8)
+_RULES = st.lists(
+    st.builds(
+        RouteRule,
+        tier=st.sampled_from(BOTH),
+        model=st.none() | _GLOBS,
+        kind=st.none() | st.sampled_from(KINDS),
+    ),
+    max_size=4,
+)
+
+
+@given(st.sampled_from(KINDS), st.booleans(), st.text("ab*", max_size=6) | st.text(), _RULES)
+def test_any_rules_lead_somewhere(
+    kind: Any, ours: bool, model: str, rules: list[RouteRule]
+) -> None:
+    """The first rule that matches decides, those behind it change nothing, and a tier is found."""
+    call = Call(kind, "because", from_claude_code=ours)
+    found = choose(call, model, rules, BOTH)
+    assert found.tier in BOTH
+    if found.rule.startswith("route "):
+        number = int(found.rule.removeprefix("route "))
+        assert found == choose(call, model, rules[:number], BOTH)
+        assert found.tier == rules[number - 1].tier
+    else:
+        assert found == choose(call, model, (), BOTH)
 
 
 @pytest.mark.parametrize("model", ["claudegw-main", "claude-opus-5", "claudegw-small"])

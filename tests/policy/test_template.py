@@ -6,8 +6,10 @@ from typing import Any
 
 import orjson
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from gateway.policy.template import Template, probe, rewrites, switches
+from gateway.policy.template import SWITCHES, Template, probe, rewrites, switches
 from gateway.wire.request import parse
 from tests.house import turn
 
@@ -110,3 +112,24 @@ def test_5_only_switches_with_two_values_are_in_question() -> None:
     every = "enable_thinking reasoning_effort clear_thinking preserve_thinking"
     template = Template.of(every, vision=False)
     assert template.in_question == ("enable_thinking", "reasoning_effort")
+
+
+_SOURCES = st.lists(st.sampled_from([*SWITCHES, "xhigh", "max", " ", "{{", "é", "_"])).map("".join)
+
+
+@given(st.text() | _SOURCES, st.sampled_from(["low", "high", "xhigh", "max", "other", None]))
+def test_a_template_is_told_only_what_it_knows(text: str, effort: str | None) -> None:
+    """Whatever its text: it is told what it reads, and no effort that it has no word for."""
+    wanted = {"output_config": {"effort": effort}} if effort else {}
+    found, known = told(text, **wanted), Template.of(text, vision=False)
+    assert found.keys() <= set(known.knows)
+    assert set(known.in_question) <= set(known.knows)
+    assert found.get("reasoning_effort", "low") in ("low", "medium", "high", *known.efforts)
+
+
+@given(st.text(), st.text(), st.text())
+def test_what_follows_the_last_words_rewrites_nothing(before: str, one: str, other: str) -> None:
+    """Two renderings that part behind the last words of the user have the same past."""
+    last = probe("enable_thinking", 0)["messages"][-1]["content"]
+    assert not rewrites(before + last + one, before + last + other)
+    assert rewrites(f"{before}a{last}", f"{before}b{last}")

@@ -6,6 +6,8 @@ from typing import Any
 
 import orjson
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gateway.wire.errors import (
     STATUSES,
@@ -164,6 +166,35 @@ def test_a_body_of_any_shape(body: bytes) -> None:
     error = from_upstream(500, body, "main")
     assert (error.status, error.kind) == (500, "api_error")
     assert "HTTP status 500" in error.message
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=5,
+)
+_WRONG = st.fixed_dictionaries(
+    {},
+    optional={
+        "type": _JSON | st.sampled_from([*STATUSES, "exceed_context_size_error"]),
+        **dict.fromkeys(("message", "code", "n_prompt_tokens", "n_ctx"), _JSON),
+    },
+)
+
+
+@given(
+    st.integers(100, 999),
+    st.binary() | _JSON.map(orjson.dumps) | _WRONG.map(lambda each: orjson.dumps({"error": each})),
+)
+def test_whatever_a_server_refuses_with(status: int, body: bytes) -> None:
+    """Any status with any body becomes an error of the table: a short sentence, JSON, headers."""
+    error = from_upstream(status, body, "main")
+    assert error.kind in STATUSES
+    assert error.status in (400, 429, 500, 502, 503, 529)
+    assert error.message.strip()
+    assert len(error.message) < 700
+    assert orjson.loads(orjson.dumps(error.envelope("req_1")))["error"]["message"] == error.message
+    assert all(value.isalnum() for value in error.headers().values())
 
 
 def test_a_long_message_is_shortened() -> None:
