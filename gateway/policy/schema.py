@@ -23,7 +23,7 @@ from typing import Any, Final
 
 import attrs
 import orjson
-from jsonschema import Draft202012Validator, validators
+from jsonschema import Draft202012Validator, FormatChecker, validators
 from jsonschema.exceptions import SchemaError, ValidationError
 from referencing import Registry
 
@@ -131,6 +131,7 @@ def _nothing(*_: object) -> None:
     """Holds of every value."""
 
 
+_NO_FORMATS: Final = FormatChecker(())
 _Validator: Final = validators.extend(Draft202012Validator, {"pattern": _nothing})
 
 
@@ -145,7 +146,7 @@ def read(schema: Mapping[str, Json]) -> Form:
         raise _too_large()
     try:
         # Not its formats: Python's reading of a pattern is not what counts here.
-        Draft202012Validator.check_schema(schema, format_checker=None)
+        Draft202012Validator.check_schema(schema, format_checker=_NO_FORMATS)
         if _is_recursive(schema):
             raise invalid(f"{_WHERE}: recursive schemas are not supported")
         reading = _Reading(schema)
