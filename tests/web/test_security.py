@@ -163,6 +163,18 @@ def test_a_model_by_an_evil_name(logged: list[LogEvent]) -> None:
     assert b"\x1b" not in page.body
 
 
+def test_what_a_server_says_forges_no_line(logged: list[LogEvent]) -> None:
+    """Its words reach the log, and begin none of its lines."""
+    house = Household.built()
+    house.ask(turn(stream=True))
+    house.main.held.pop().refuse(503, {"error": {"type": "x", "message": EVIL}})
+    house.settle()
+    lines = [line for line in written(logged).split("\n") if "forged" in line]
+    assert lines
+    assert all(line.startswith("\t") for line in lines)
+    assert "\x1b" not in written(logged)
+
+
 def test_a_compressed_body_is_no_body() -> None:
     """Nothing a client sends is unpacked, so that a small body stays a small one."""
     house = Household.built()
