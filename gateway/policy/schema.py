@@ -172,7 +172,9 @@ def _is_of_use(schema: Json) -> bool:
         values += 1
         if isinstance(each, Mapping):
             objects += 1
-            wanted = each.get("pattern")
+            wanted, types = each.get("pattern"), each.get("type")
+            if isinstance(types, list) and len(types) > len(_TYPES):
+                return False  # jsonschema compares each with each
             characters += len(wanted) if isinstance(wanted, str) else 0
             left.extend(each.values())
         elif isinstance(each, list):

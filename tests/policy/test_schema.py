@@ -159,6 +159,7 @@ MANY_WAYS = {"allOf": [{"anyOf": [{"minLength": n} for n in range(30)]}] * 5}
         ({"enum": [f"v{n}" for n in range(20_000)]}, "too large or nested too deep"),
         ({"type": "null", "$defs": {str(n): {} for n in range(2_000)}}, "too large or nested"),
         ({"anyOf": [{"$ref": "#/$defs/a"}] * 50, "$defs": {"a": LONG}}, "too large or nested"),
+        ({"type": [n if n % 2 else str(n) for n in range(19_000)]}, "too large or nested too deep"),
         ({"type": "string", "pattern": "a" * 10_001}, "too large or nested too deep"),
         ({"type": "string", "pattern": "a{99999999999999999999}"}, "pattern: a quantifier above"),
         ({"$ref": "#/default", "default": {"type": 7}}, "leads nowhere"),
