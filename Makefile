@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: run test lint types layers docs tests bench fuzz clean
+.PHONY: run test lint types layers docs tests bench audit fuzz clean
 
 run: $(VENV)/demo
 	$(BIN)/twistd -n --pidfile= claudegw --config etc/demo.toml
@@ -30,6 +30,10 @@ tests: $(VENV)/test $(VENV)/demo
 	bin/get-clients
 	bin/get-wheels
 	bin/isolated $(BIN)/pytest
+
+# What is known against the packages that a user installs; it asks a service in the network.
+audit: $(VENV)/test
+	$(BIN)/python bin/audit.py
 
 bench: $(VENV)/test $(VENV)/demo
 	bin/isolated $(BIN)/python -m bench.streams

@@ -26,7 +26,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from gateway.config import MIB, Config
-from gateway.llama.command import option
+from gateway.llama.command import SECRET, option
 from gateway.llama.snapshots import write_private
 
 Json = Any
@@ -219,7 +219,7 @@ def secrets(config: Config) -> Iterator[str]:
     tiers = config.tier.values()
     found = [config.gateway.token, *(tier.api_key for tier in tiers)]
     for server in (tier.server for tier in tiers if tier.server is not None):
-        found.append(option(server.command, "--api-key"))
+        found += [option(server.command, name) for name in SECRET]
         found += [value for name, value in server.env.items() if _NAMES.search(name)]
     return (each for each in found if each is not None and len(each) >= _SHORTEST)
 

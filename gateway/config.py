@@ -52,10 +52,15 @@ def is_loopback(listen: str) -> bool:
     if listen.startswith("unix:"):
         return True
     address = ""
-    for part in re.split(r"(?<!\\):", listen)[1:]:
+    for part in _parts(listen)[1:]:
         if part.startswith("interface="):  # of several, Twisted takes the last
             address = part.removeprefix("interface=").replace("\\", "")
     return address == "localhost" or is_loopback_address(address)
+
+
+def _parts(endpoint: str) -> list[str]:
+    """What stands between the colons of an endpoint string."""
+    return re.split(r"(?<!\\):", endpoint)
 
 
 def is_loopback_address(text: str) -> bool:
@@ -139,6 +144,9 @@ def _quoted(text: str) -> str:
 
 LLAMA_SERVER: Final = "llama-server"
 _KINDS: Final = (LLAMA_SERVER, "anthropic", "openai")
+
+#: The name of a tier: of files, of a label, in a header and in the page's addresses.
+_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. -]{0,63}")
 
 #: Keys of a tier that only some kinds have.
 _KIND_KEYS: Final[Mapping[str, tuple[str, ...]]] = {
@@ -227,6 +235,15 @@ class Gateway:
     ledger_days: int = attrs.field(default=30, metadata=_between(0, 36_500))
     ledger_rows: int = attrs.field(default=100_000, metadata=_between(0, 100_000_000))
     capture: int = attrs.field(default=0, metadata=_between(0, 1024 * 1024))
+
+    @property
+    def endpoint(self) -> str:
+        """`listen`, where a socket in the file system is its owner's unless a mode is said."""
+        kind, *parts = _parts(self.listen)
+        said = [part for part in parts if "=" not in part or part.startswith("mode=")]
+        # In Twisted's order the mode is the second.
+        is_said = len(said) > 1 or any(part.startswith("mode=") for part in said)
+        return self.listen if kind != "unix" or is_said else f"{self.listen}:mode=600"
 
 
 @attrs.frozen
@@ -426,6 +443,8 @@ def _contradictions(config: Config, kinds: tuple[str, ...]) -> Iterator[str]:
         if rule.model is None and rule.kind is None:
             yield f"route[{number}]: expected a model or a kind; without both it matches every call"
     for name, tier in config.tier.items():
+        if not _NAME.fullmatch(name):
+            yield f"tier.{name!r}: expected a name of letters and digits, and blanks and ._- within"
         yield from _of_kind(f"tier.{name}", tier)
     listen = config.gateway.listen
     known = is_loopback(listen) or is_handed_over(listen)  # the latter: daemon/sockets.py looks

@@ -30,7 +30,8 @@ from gateway.capture import Capture
 from gateway.changes import Changes, between
 from gateway.config import LLAMA_SERVER, MIB, Config, ConfigError, Server, load, missing_keys
 from gateway.config import Tier as Wanted
-from gateway.daemon.log import Logged, log_file
+from gateway.daemon.folder import private
+from gateway.daemon.log import Logged, log_file, output
 from gateway.daemon.notify import READY, notify, reloading, stopping
 from gateway.daemon.sockets import check_door
 from gateway.dispatch import Dispatch
@@ -74,7 +75,7 @@ class Options(usage.Options):
     ]
 
     def postOptions(self) -> None:
-        self.log_file = log_file(self.parent)
+        self.log_file, self.output = log_file(self.parent), output(self.parent)
         try:
             self.path = Path(self["config"]).absolute()
             self.loaded = _load(self.path)
@@ -97,8 +98,7 @@ def _load(path: Path) -> Config:
 def _make_state_dir(state_dir: Path) -> None:
     """Make the state folder; raises ConfigError where it cannot be used."""
     try:
-        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        (state_dir / "slots").mkdir(mode=0o700, exist_ok=True)
+        private(private(state_dir) / "slots")
     except OSError as error:
         raise ConfigError([f"gateway.state_dir: {state_dir}: {error.strerror}"]) from None
 
@@ -107,7 +107,7 @@ def makeService(options: Options) -> Service:
     """The service that twistd runs."""
     from twisted.internet import reactor  # importing it installs it
 
-    process = Logged(options.log_file)
+    process = Logged(options.log_file, options.output)
     House.built(options.loaded, options.path, reactor).setServiceParent(process)
     return process
 
@@ -172,7 +172,7 @@ class House(MultiService):
         dispatch = Dispatch(tiers, config.route, ledger, times, reactor)
         api = Api(dispatch, version("claudegw"))
         factory = site(api.app.resource(), _access(config), reactor)
-        door = strports.service(gateway.listen, factory, reactor)
+        door = strports.service(gateway.endpoint, factory, reactor)
         return cls(config, path, api, reactor, factory, door, stores)
 
     def __attrs_post_init__(self) -> None:
@@ -278,6 +278,7 @@ class House(MultiService):
         assert before.server is not None
         assert config.server is not None
         child.limits = _limits(config, config.server)
+        child.withheld = _withheld(self.config, tier.name)
         reckon = ram.of_command
         if (before.server.command, before.cache_ram) == (config.server.command, config.cache_ram):
             # What was saved meanwhile says better what a token takes; no reason to start anew.
@@ -383,11 +384,19 @@ def _tier(config: Config, name: str, reactor: Any, stores: _Stores) -> Tier:
             on_line=tier.hear,
             on_state=tier.server_is,
             end_calls=client.hang_up,
+            withheld=_withheld(config, name),
         )
         tier.keeps = stores.of
         tier.cache.command = tuple(tier.child.command)
         tier.cache.prefix_file = state_dir / f"{name}.prefix"
     return tier
+
+
+def _withheld(config: Config, name: str) -> frozenset[str]:
+    """Variables with the keys of other tiers than `name`: none of its server's business."""
+    keys = {other: tier.api_key_env for other, tier in config.tier.items()}
+    own = keys.pop(name)
+    return frozenset(key for key in keys.values() if key is not None and key != own)
 
 
 def _as_it_was(line: Sequence[str], *_: Any) -> int | None:

@@ -83,6 +83,9 @@ _CERTIFICATE: Final = re.compile(
 #: Where a system keeps the certificates that it trusts, if OpenSSL was not told at its build.
 _TRUSTED: Final = Path("/etc/ssl/cert.pem")
 
+#: Headers that hold the key of a tier.
+_KEYS: Final = ("authorization", "x-api-key")
+
 #: Calls of different clients are nothing to each other.
 _NO_COOKIES: Final = DefaultCookiePolicy(allowed_domains=())
 
@@ -372,7 +375,14 @@ class Upstream:
         """One that is asked over `http`, with `headers` in each request."""
         sent = {name: [value] for name, value in headers.items()}
         always = Headers({"content-type": ["application/json"], **sent})
-        return cls(tier, url, base, refusal, reactor, http, always)
+        keys = [value.rpartition(" ")[2].encode() for value in map(headers.get, _KEYS) if value]
+
+        def without_key(answer: Answer, body: bytes) -> ApiError:
+            for key in keys:  # a server may say what it was shown
+                body = body.replace(key, b"***")
+            return refusal(answer, body)
+
+        return cls(tier, url, base, without_key, reactor, http, always)
 
     def hang_up(self) -> None:
         """The server will not answer any more: what waits for an answer fails with `Lost`."""

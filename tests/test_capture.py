@@ -38,7 +38,7 @@ def answered(house: Household, text: str = "hi", **more: Any) -> Browser:
 def config(**gateway: Any) -> Config:
     """One with a key in each place where there may be one."""
     server = {
-        "command": ["llama-server", "--api-key", "in-the-command"],
+        "command": ["llama-server", "--api-key", "in-the-command", "--hf-token", "of-a-hub"],
         "env": {"HF_TOKEN": "in-the-env", "GGML_LOG": "plain-word", "A_KEY": "abc"},
     }
     main = {"url": "http://h:1", "api_key": "of-the-tier", "server": server}
@@ -172,7 +172,8 @@ def test_pieces_of_two_blocks_are_no_key(tmp_path: Path) -> None:
 
 def test_all_keys_of_the_configuration_are_known() -> None:
     """Of the door, of each tier and of its server; not every word of its environment."""
-    assert set(secrets(config())) == {"of-the-door", "of-the-tier", "in-the-command", "in-the-env"}
+    of_servers = {"in-the-command", "of-a-hub", "in-the-env"}
+    assert set(secrets(config())) == {"of-the-door", "of-the-tier", *of_servers}
     capture = Capture.of(config(capture=3))
     assert capture is not None
     assert capture.budget == 3 * MIB

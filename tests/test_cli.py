@@ -370,6 +370,15 @@ def test_a_gateway_that_refuses(
     assert capsys.readouterr().err == "claudegw: The gateway says: Wrong key.\n"
 
 
+def test_a_refusal_does_not_steer_the_terminal(
+    door: Door, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever answers there, it is shown as words on one line."""
+    door.status, door.said = 401, {"error": {"message": "No.\x1b[2J\nclaudegw: all is well"}}
+    assert main(["status", "--config", str(door.config)]) == 1
+    assert capsys.readouterr().err == "claudegw: The gateway says: No.?[2J?claudegw: all is well\n"
+
+
 @pytest.mark.parametrize("said", [{"object": "list"}, [1], None, {"data": [{"id": 3}]}])
 def test_something_else_at_the_port(
     said: Any, door: Door, capsys: pytest.CaptureFixture[str]

@@ -10,6 +10,7 @@ import pytest
 from gateway.config import (
     Config,
     ConfigError,
+    Gateway,
     RouteRule,
     base_of,
     is_loopback,
@@ -483,3 +484,36 @@ def test_a_key_in_the_environment(
     (mistake,) = found
     assert mistake.startswith("tier.main.api_key_env: expected ")
     assert mistake.endswith(said)
+
+
+@pytest.mark.parametrize(
+    ("listen", "endpoint"),
+    [
+        ("tcp:9090:interface=127.0.0.1", "tcp:9090:interface=127.0.0.1"),
+        ("systemd:domain=UNIX:index=0", "systemd:domain=UNIX:index=0"),
+        ("unix:/run/gw.sock", "unix:/run/gw.sock:mode=600"),
+        ("unix:address=/run/gw.sock:backlog=9", "unix:address=/run/gw.sock:backlog=9:mode=600"),
+        (r"unix:/run/a\:mode\=666", r"unix:/run/a\:mode\=666:mode=600"),
+        ("unix:/run/gw.sock:mode=660", "unix:/run/gw.sock:mode=660"),
+        ("unix:/run/gw.sock:660", "unix:/run/gw.sock:660"),
+    ],
+)
+def test_a_socket_in_the_file_system_is_its_owners(listen: str, endpoint: str) -> None:
+    """Unless a mode is said; Twisted would let in everybody."""
+    assert Gateway(listen=listen).endpoint == endpoint
+
+
+@pytest.mark.parametrize(
+    "name", ["", "../main", "a/b", ".hidden", "-n", "a\nb", "a\x1b[2J", "gro\xdf", "x" * 65, "a\\b"]
+)
+def test_a_tier_has_a_name_that_a_file_can_have(name: str) -> None:
+    """It stands in the names of files, in a header, in a label and in addresses of the page."""
+    tiers = {"main": {"url": "http://h:1"}, name: {"url": "http://h:2"}}
+    with pytest.raises(ConfigError, match="expected a name of letters") as caught:
+        parse({"tier": tiers}, KINDS)
+    assert caught.value.mistakes[0].isprintable()
+
+
+def test_a_name_may_have_blanks_and_dots() -> None:
+    """Models are called so."""
+    assert parse({"tier": {"main": {"url": "http://h:1"}, "GLM 5.1_b": {"url": "http://h:2"}}}, ())

@@ -559,3 +559,29 @@ def test_a_gateway_without_a_key_that_it_needs_does_not_start(
     path.write_text(f'[gateway]\nstate_dir = "{tmp_path}"\n{main}')
     with pytest.raises(UsageError, match=r"tier\.main\.api_key_env: .* THEIR_KEY"):
         Options().parseOptions(["--config", str(path)])
+
+
+def test_a_server_does_not_get_the_keys_of_other_tiers(
+    estate: Estate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What stands in our environment for a server elsewhere is none of its business."""
+    monkeypatch.setenv("THEIR_KEY", "a secret")
+    monkeypatch.setenv("MY_KEY", "its own")
+    estate.stands(tier("main", api_key_env="MY_KEY"), ELSEWHERE)
+    assert "THEIR_KEY" not in estate.process("main").env
+    assert estate.process("main").env["MY_KEY"] == "its own"
+
+
+def test_a_key_that_comes_with_a_reload_is_withheld_from_then_on(
+    estate: Estate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server is not started anew for it; the next start goes without."""
+    monkeypatch.setenv("THEIR_KEY", "a secret")
+    estate.stands(tier("main"))
+    estate.reads(tier("main"), ELSEWHERE)
+    assert len(estate.started("main")) == 1
+    estate.process("main").ends(1)
+    estate.events.clear()
+    estate.reactor.advance(60)
+    assert len(estate.started("main")) == 2
+    assert "THEIR_KEY" not in estate.process("main").env

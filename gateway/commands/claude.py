@@ -29,6 +29,7 @@ import attrs
 from gateway.commands.running import NoGateway, Unusable, ask, url_of
 from gateway.commands.settings import Loading, compacts_at, settings, status_line, windows
 from gateway.config import Config
+from gateway.daemon.folder import private
 from gateway.figures import line
 from gateway.policy.routes import MAIN
 
@@ -332,7 +333,7 @@ def _read(path: Path, home: Path, *, managed: bool = False) -> Iterator[Source]:
 
 def write(path: Path, value: Json) -> Path:
     """Put `value` into the file at `path`, whole or not at all, for its user's eyes only."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    private(path.parent)
     with NamedTemporaryFile("w", dir=path.parent, prefix=".claudegw", delete=False) as file:
         try:
             json.dump(value, file, indent=2)
@@ -383,7 +384,7 @@ def _start(config: Config, command: Sequence[str]) -> None:
     sys.stderr.flush()
     if sys.stdin.readline().strip().lower() not in ("", "y", "yes"):
         raise Unusable(f"Start it first: {shlex.join(command)}")
-    config.gateway.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    private(config.gateway.state_dir)
     done = subprocess.run(  # noqa: S603  # our own program
         command, stdin=subprocess.DEVNULL, capture_output=True, check=False
     )

@@ -35,6 +35,8 @@ def ask(config: Config, path: str) -> Json:
     from http.client import HTTPConnection, HTTPException
     from urllib.parse import urlsplit
 
+    from gateway.figures import line
+
     parts = urlsplit(url_of(config.gateway))
     headers = {"x-api-key": config.gateway.token} if config.gateway.token else {}
     connection = HTTPConnection(parts.hostname or "", parts.port, timeout=30)
@@ -43,7 +45,7 @@ def ask(config: Config, path: str) -> Json:
         answer = connection.getresponse()
         said = json.loads(answer.read())
         if answer.status != HTTPStatus.OK:
-            raise Unusable(f"The gateway says: {said['error']['message']}")
+            raise Unusable(f"The gateway says: {line(said['error']['message'])}")
     except ConnectionRefusedError as error:
         raise NoGateway(str(no_gateway(config, error))) from None
     except (OSError, HTTPException, ValueError, KeyError, TypeError) as error:

@@ -22,6 +22,7 @@ import attrs
 
 from gateway.config import Config, Gateway
 from gateway.daemon import BEFORE_THE_LOG, longest_stop
+from gateway.daemon.folder import private
 
 LABEL: Final = "local.claudegw"
 
@@ -117,7 +118,7 @@ def install(agent: Mapping[str, Any], home: Path, state_dir: Path) -> Path:
     Raises:
         OSError: it cannot be written.
     """
-    state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    private(state_dir)
     path = home / "Library/LaunchAgents" / f"{agent['Label']}.plist"
     path.parent.mkdir(parents=True, exist_ok=True)
     with NamedTemporaryFile(dir=path.parent, prefix=".claudegw", delete=False) as file:  # mode 0600

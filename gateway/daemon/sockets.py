@@ -45,10 +45,9 @@ def check_door(gateway: Gateway) -> None:
 
 
 def _bound_to(descriptor: int) -> str | None:
-    """The IP address of a listening socket; None for one in the file system."""
+    """The address of a listening socket; None for one in the file system."""
     with _opened(descriptor) as found:
-        name = found.getsockname()
-        return name[0] if found.family in (socket.AF_INET, socket.AF_INET6) else None
+        return None if found.family == socket.AF_UNIX else str(found.getsockname()[0])
 
 
 def _opened(descriptor: int) -> socket.socket:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from enum import Enum
 from pathlib import Path
@@ -106,6 +106,7 @@ class Child(Service):
         tier: whose server it is.
         command: what is run at the next start.
         env: added to our own environment at the next start.
+        withheld: what of our own it does not get.
         state_dir: its output goes to ``TIER.log`` in there, and while it runs ``TIER.child`` says
             which process it is.
         health: asks the server; does not raise, and is cancelled when it is no longer wanted.
@@ -126,6 +127,7 @@ class Child(Service):
     on_line: Callable[[str], None] = lambda _: None
     on_state: Callable[[State], None] = lambda _: None
     end_calls: Callable[[], None] = lambda: None
+    withheld: Collection[str] = ()
     _core: _Core = attrs.field(init=False)
     _machine: _Inputs = attrs.field(init=False)
 
@@ -299,7 +301,8 @@ class _Core:
         self.spawned, self.output = self.reactor.seconds(), None
         shown = shlex.join(without_key(command))
         log.info("tier {tier}: starting {command}", tier=child.tier, command=shown)
-        whole_env = {**os.environ, **env}
+        ours = {name: each for name, each in os.environ.items() if name not in child.withheld}
+        whole_env = {**ours, **env}
         words = launched(command, whole_env)
         output = Output(
             child.state_dir / f"{child.tier}.log",

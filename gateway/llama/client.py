@@ -245,7 +245,7 @@ class LlamaClient:
     async def _streamed(self, path: str, body: Mapping[str, Json]) -> Answer:
         answer = await self._upstream.request("POST", path, {**body, "stream": True})
         if answer.status != 200:
-            raise from_upstream(answer.status, await answer.read(), self.tier)
+            raise self._upstream.refusal(answer, await answer.read())
         return answer
 
     async def _slot(self, slot: int, action: str, wanted: Mapping[str, Json]) -> Json:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Final
 from urllib.parse import urlsplit
 
 from gateway.config import Server, Tier
@@ -56,6 +57,10 @@ def command(
     return given
 
 
+#: Options of a llama-server whose value is nobody's business.
+SECRET: Final = frozenset({"--api-key", "--hf-token", "-hft"})
+
+
 def environment(tier: Tier, server: Server) -> dict[str, str]:
     """What a tier's server has in its environment besides ours: its key, which no list shows."""
     is_told = server.manage_flags and _takes_flags(server.command) and tier.key is not None
@@ -85,9 +90,7 @@ def option(command: Sequence[str], *names: str) -> str | None:
 def without_key(command: Sequence[str]) -> list[str]:
     """A command line as anybody may see it."""
     before = ("", *command)
-    return [
-        "***" if flag == "--api-key" else word for flag, word in zip(before, command, strict=False)
-    ]
+    return ["***" if flag in SECRET else word for flag, word in zip(before, command, strict=False)]
 
 
 def socket_file(command: Sequence[str]) -> Path | None:

@@ -467,7 +467,8 @@ def write_private(path: Path, data: bytes) -> None:
     """Put `data` into a file at `path`, whole or not at all, for nobody else to read."""
     part = path.with_name(f"{path.name}.part")
     try:
-        handle = os.open(part, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600)
+        part.unlink(missing_ok=True)  # its mode may be another
+        handle = os.open(part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()

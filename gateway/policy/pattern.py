@@ -110,19 +110,22 @@ def _merged(ranges: Iterable[tuple[int, int]]) -> Ranges:
 
 
 def without(ranges: Ranges, others: Ranges) -> Ranges:
-    """Those characters of `ranges` that are not in `others`."""
-    for low, high in others:
-        parts: list[tuple[int, int]] = []
-        for first, last in ranges:
-            if last < low or first > high:
-                parts.append((first, last))
-                continue
-            if first < low:
-                parts.append((first, low - 1))
-            if last > high:
-                parts.append((high + 1, last))
-        ranges = tuple(parts)
-    return _merged(ranges)
+    """Those characters of `ranges` that are not in `others`; both in order, in one pass."""
+    found: list[tuple[int, int]] = []
+    at = 0
+    for first, last in ranges:
+        while at < len(others) and others[at][1] < first:
+            at += 1
+        rest, here = first, at
+        while here < len(others) and others[here][0] <= last:
+            low, high = others[here]
+            if rest < low:
+                found.append((rest, low - 1))
+            rest, here = high + 1, here + 1
+        if rest <= last:
+            found.append((rest, last))
+        at = max(at, here - 1)
+    return tuple(found)
 
 
 def _of(text: str) -> Ranges:

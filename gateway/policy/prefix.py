@@ -56,7 +56,9 @@ _OF_THIS_SESSION: Final = "gitStatus"
 #: its environment.
 _FOLDERS: Final = re.compile(
     r"^# (?:auto )?[Mm]emory\n\nYou have a persistent [^`\n]*`[^`\n]+`.*?(?=^# |\Z)"
-    r"|^Here is useful information about the environment[^\n]*\n<env>\n.*?^</env>(?:\n|\Z)",
+    r"|^Here is useful information about the environment[^\n]*\n<env>\n"
+    # Line by line up to its end or the next one's beginning: however often it begins, one look.
+    r"(?:(?!</env>|Here is useful information about the environment)[^\n]*\n)*+</env>(?:\n|\Z)",
     re.MULTILINE | re.DOTALL,
 )
 

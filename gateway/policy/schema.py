@@ -17,13 +17,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal
-from functools import partial
+from functools import cache, partial
 from itertools import combinations
 from typing import Any, Final
 
 import attrs
 import orjson
-from jsonschema import Draft202012Validator, validators
+from jsonschema import Draft202012Validator, FormatChecker, validators
 from jsonschema.exceptions import SchemaError, ValidationError
 from referencing import Registry
 
@@ -45,8 +45,15 @@ from gateway.wire.errors import ApiError, invalid
 
 Json = Any
 
-#: Steps that reading a schema may take; branches multiply.
+#: Steps that reading a schema may take, since branches multiply; pairs of branches that it is
+#: looked at whether they are apart.  Nobody else is served meanwhile.
 _STEPS: Final = 20_000
+_PAIRS: Final = 200_000
+
+#: Objects, and values of any kind, that a schema may have; characters of all its patterns.
+_OBJECTS: Final = 2_000
+_VALUES: Final = 20_000
+_CHARACTERS: Final = 10_000
 
 #: The largest whole number that every JSON reader takes (RFC 8259, section 6); the largest other.
 _LARGEST: Final = 2**53 - 1
@@ -60,6 +67,14 @@ _MOST: Final = 64_000
 
 _WHERE: Final = "output_config.format.schema"
 
+_TYPE_OF: Final = {
+    dict: "object",
+    list: "array",
+    str: "string",
+    int: "integer",
+    bool: "boolean",
+    type(None): "null",
+}
 _TYPES: Final = ("object", "array", "string", "integer", "number", "boolean", "null")
 
 #: Keywords that no grammar holds.
@@ -74,6 +89,9 @@ _NOT_HERE: Final = frozenset(
 
 #: Keywords that lead to other schemas in the place of this one.
 _ELSEWHERE: Final = ("$ref", "allOf", "anyOf", "oneOf")
+
+#: Keywords that have schemas by name.
+_HOLD_MANY: Final = ("$defs", "definitions", "properties")
 
 #: Keywords by which a type is meant where none is said.
 _MEANT: Final = {
@@ -116,6 +134,7 @@ def _nothing(*_: object) -> None:
     """Holds of every value."""
 
 
+_NO_FORMATS: Final = FormatChecker(())
 _Validator: Final = validators.extend(Draft202012Validator, {"pattern": _nothing})
 
 
@@ -126,8 +145,11 @@ def read(schema: Mapping[str, Json]) -> Form:
     Raises:
         ApiError: 400, it is no schema, or answers cannot be held to it; with the place.
     """
+    if not _is_of_use(schema):
+        raise _too_large()
     try:
-        Draft202012Validator.check_schema(schema)
+        # Not its formats: Python's reading of a pattern is not what counts here.
+        Draft202012Validator.check_schema(schema, format_checker=_NO_FORMATS)
         if _is_recursive(schema):
             raise invalid(f"{_WHERE}: recursive schemas are not supported")
         reading = _Reading(schema)
@@ -144,16 +166,48 @@ def _too_large() -> ApiError:
     return invalid(f"{_WHERE}: the schema is too large or nested too deep")
 
 
+def _is_of_use(schema: Json) -> bool:
+    """Whether a schema is small enough to be read while others wait."""
+    objects, values, characters = 0, 0, 0
+    left = [schema]
+    while left:
+        each = left.pop()
+        values += 1
+        if isinstance(each, Mapping):
+            objects += 1
+            wanted, types = each.get("pattern"), each.get("type")
+            if isinstance(types, list) and len(types) > len(_TYPES):
+                return False  # jsonschema compares each with each
+            characters += len(wanted) if isinstance(wanted, str) else 0
+            left.extend(each.values())
+        elif isinstance(each, list):
+            left.extend(each)
+        if objects > _OBJECTS or values + len(left) > _VALUES or characters > _CHARACTERS:
+            return False
+    return True
+
+
 # --- references -------------------------------------------------------------------------------
 
 
 def _resolve(root: Mapping[str, Json], reference: Json) -> Json:
+    """The schema at a JSON pointer; where no schema has to be, nobody has looked at what is."""
     found: Json = root
     start, *steps = str(reference).split("/")
+    above = ""
     try:
         for step in steps:
             key = step.replace("~1", "/").replace("~0", "~")
-            found = found[int(key)] if isinstance(found, list) else found[key]
+            if isinstance(found, list):
+                found, above = found[int(key)], ""
+            elif above in _HOLD_MANY:
+                found, above = found[key], ""
+            else:
+                found, above = found[key], key
+                if key not in (*_HOLD_MANY, *_ELSEWHERE, "items"):
+                    start = ""
+        if above in _HOLD_MANY:
+            start = ""
     except (KeyError, IndexError, TypeError, ValueError):
         start = ""
     if start != "#" or not isinstance(found, Mapping | bool):
@@ -176,19 +230,22 @@ def _references(schema: Json) -> Iterator[str]:
 
 def _is_recursive(root: Mapping[str, Json]) -> bool:
     """Whether a reference leads back to where it stands."""
-    through: set[str] = set()
+    through: set[int] = set()
 
-    def leads_back(schema: Json, above: tuple[str, ...]) -> bool:
-        for reference in dict.fromkeys(_references(schema)):
-            if reference in above:
+    def leads_back(schema: Json, above: tuple[int, ...]) -> bool:
+        # By what they lead to: one place has many names.
+        for place in {id(there): there for there in map(resolve, _references(schema))}.items():
+            number, there = place
+            if number in above:
                 return True
-            if reference not in through:
-                if leads_back(_resolve(root, reference), (*above, reference)):
+            if number not in through:
+                if leads_back(there, (*above, number)):
                     return True
-                through.add(reference)
+                through.add(number)
         return False
 
-    return leads_back(root, ("#",))
+    resolve = cache(partial(_resolve, root))
+    return leads_back(root, (id(root),))
 
 
 # --- reading ----------------------------------------------------------------------------------
@@ -201,6 +258,7 @@ class _Reading:
     root: Mapping[str, Json]
     has_pattern: bool = False
     _left: int = _STEPS
+    _pairs: int = _PAIRS
 
     def shape(self, schema: Json, path: str) -> Shape:
         branches = self.branches(schema, path)
@@ -212,15 +270,20 @@ class _Reading:
             raise invalid(f"{path}: nothing fits this schema")
         return either(found)
 
+    def step(self, count: int) -> None:
+        """Take so many steps; raises ApiError where they are too many."""
+        self._left -= count
+        if self._left < 0:
+            raise _too_large()
+
     # --- branches ---------------------------------------------------------------------------------
 
     def branches(self, schema: Json, path: str) -> list[_Branch]:
         """The branches of plain keywords that `schema` has; none where nothing fits it."""
-        self._left -= 1
-        if self._left < 0:
-            raise _too_large()
         if isinstance(schema, bool):
+            self.step(1)
             return [{}] if schema else []
+        self.step(1 + len(schema.get("enum", ())) + len(schema.get("pattern", "")))
         plain = self.plain(schema, path)
         found = [] if plain is None else [plain]
         for key in _ELSEWHERE:
@@ -241,9 +304,7 @@ class _Reading:
 
     def both(self, ones: list[_Branch], others: list[_Branch], path: str) -> list[_Branch]:
         """The branches of what must fit a branch of both sides."""
-        self._left -= len(ones) * len(others)
-        if self._left < 0:
-            raise _too_large()
+        self.step(len(ones) * len(others))
         merged = (_merged(one, other, path) for one in ones for other in others)
         return [branch for branch in merged if branch is not None]
 
@@ -263,6 +324,9 @@ class _Reading:
     def check_apart(self, members: Sequence[list[_Branch]], path: str) -> None:
         """Refuse a ``oneOf`` of which one answer could fit two members."""
         for ones, others in combinations(members, 2):
+            self._pairs -= len(ones) * len(others)
+            if self._pairs < 0:
+                raise _too_large()
             for one in ones:
                 for other in others:
                     if not self.are_apart(one, other, path):
@@ -381,11 +445,11 @@ def _of_number(kind: str, branch: _Branch) -> Shape | None:
     if "minimum" in branch:
         low = max(low, _decimal(branch["minimum"]))
     if "exclusiveMinimum" in branch:
-        low = max(low, _beyond(_decimal(branch["exclusiveMinimum"]), step))
+        low = max(low, _beyond(min(high, _decimal(branch["exclusiveMinimum"])), step, low))
     if "maximum" in branch:
         high = min(high, _decimal(branch["maximum"]))
     if "exclusiveMaximum" in branch:
-        high = min(high, -_beyond(-_decimal(branch["exclusiveMaximum"]), step))
+        high = min(high, -_beyond(-max(low, _decimal(branch["exclusiveMaximum"])), step, -high))
     if whole:
         low, high = Decimal(math.ceil(low)), Decimal(math.floor(high))
     return Number(low, high, whole) if low <= high else None
@@ -396,8 +460,10 @@ def _decimal(number: float) -> Decimal:
     return Decimal(repr(max(-_BEYOND, min(_BEYOND, number))))
 
 
-def _beyond(bound: Decimal, step: Decimal) -> Decimal:
-    """The first number above `bound` that is a multiple of `step`."""
+def _beyond(bound: Decimal, step: Decimal, least: Decimal) -> Decimal:
+    """The first number above `bound` that is a multiple of `step`; `least` where that is above."""
+    if bound < least:
+        return least
     return (bound // step + (1 if bound >= 0 or not bound % step else 0)) * step
 
 
@@ -416,10 +482,10 @@ def _kinds(branch: _Branch) -> list[str]:
 
 
 def _type_of(value: Json) -> str:
-    for kind in ("null", "boolean", "integer", "number", "string", "array", "object"):
-        if _Validator({"type": kind}).is_valid(value):
-            return kind
-    raise AssertionError(value)
+    """The narrowest type of JSON Schema that a value has."""
+    if isinstance(value, float):
+        return "integer" if value.is_integer() else "number"
+    return _TYPE_OF[type(value)]
 
 
 def _types(value: Json, _: str) -> _Branch:

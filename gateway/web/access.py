@@ -71,8 +71,7 @@ class Access:
                 f"This gateway does not answer to the name {host[:100]!r};"
                 " add it to hosts in [gateway] if it should.",
             )
-        origin = headers.get("origin", "")
-        if origin and _without_port(_place(origin)) not in known:
+        if not _is_at_home(headers, known):
             return ApiError(
                 "permission_error", "Web pages of other places may not use this gateway."
             )
@@ -89,6 +88,16 @@ class Access:
             "This gateway wants its token, as x-api-key or as Authorization: Bearer; a browser"
             " asks for it as a password.",
         )
+
+
+def _is_at_home(headers: Mapping[str, str], known: Collection[str]) -> bool:
+    """Whether no page of another place is behind a request; a link that led here is none."""
+    origin = headers.get("origin", "")
+    if origin:
+        return _without_port(_place(origin)) in known
+    # An image or a script has no origin, but its browser says this.
+    is_from_elsewhere = headers.get("sec-fetch-site") == "cross-site"
+    return not is_from_elsewhere or headers.get("sec-fetch-mode") == "navigate"
 
 
 def is_of_page(path: str) -> bool:

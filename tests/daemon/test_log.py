@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,7 +44,7 @@ def written(observer: Any, *lines: str) -> None:
 def event(text: str) -> Any:
     """What the log is given."""
     found = {"log_format": text, "log_level": LogLevel.info, "log_time": 0.0, "log_system": "-"}
-    assert formatEvent(found) == text
+    assert text == "{said}" or formatEvent(found) == text
     return found
 
 
@@ -110,6 +112,49 @@ def test_a_process_takes_its_log_with_it(tmp_path: Path) -> None:
         assert (taken is not None) == expected
     written(taken, "hello")
     assert "hello" in (tmp_path / "gw.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("said", "written_down"),
+    [
+        ("plain words, \xfcnd caf\xe9 \u2713", None),
+        ("\x1b[2J\x1b]0;title\x07", r"\x1b[2J\x1b]0;title\x07"),
+        ("a\rb\x00c\x9bd", r"a\rb\x00c\x9bd"),
+        ("\u202eabc\u2028d\ud800", r"\u202eabc\u2028d\ud800"),
+        ("one\ttwo", None),
+    ],
+)
+def test_what_is_logged_does_not_steer_the_terminal(said: str, written_down: str | None) -> None:
+    """Clients and servers choose some of its words; they stay words, on a line with a time."""
+    text = log.in_words({**event("{said}"), "said": said, "log_format": "{said}"})
+    assert text is not None
+    assert text.endswith(f" [-] {written_down or said}\n")
+
+
+def test_a_line_of_the_log_cannot_be_made_up(tmp_path: Path) -> None:
+    """What follows a line break begins with a tab, where others have their time."""
+    forged = "x\n1970-01-01T00:00:00+0000 [-] tier main: all is well"
+    path = tmp_path / "gw.log"
+    written(log.observer(path), forged, forged.replace("\n", "\r\n"))
+    first = [line[:1] for line in path.read_text().split("\n")]
+    assert first == ["1", "\t", "1", "\t", ""]
+
+
+def test_a_terminal_gets_the_same() -> None:
+    """So does the journal; syslog and a logger of the user's are left alone."""
+    twistd = Options()
+    twistd.update({"nodaemon": 1, "debug": 0, "logfile": None})
+    assert log.output(twistd) is sys.stdout
+    assert log.output(None) is None
+    for elsewhere in ({"syslog": 1}, {"logger": "a.logger"}, {"logfile": "gw.log"}):
+        other = Options()
+        other.update({"nodaemon": 1, "debug": 0, "logfile": None, **elsewhere})
+        assert log.output(other) is None
+    shown = io.StringIO()
+    application = Application("test")
+    log.Logged(None, shown).setServiceParent(application)
+    application.getComponent(ILogObserver)(event("\x1b[2J"))
+    assert shown.getvalue().endswith(" [-] \\x1b[2J\n")
 
 
 @contextmanager

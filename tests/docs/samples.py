@@ -68,6 +68,7 @@ DRY: Final = (
     "make types",
     "make layers",
     "make docs",
+    "make audit",
     "make bench",
     "make fuzz",
     'make fuzz TARGETS="answers http" SECONDS=600',

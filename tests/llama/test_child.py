@@ -243,6 +243,14 @@ def test_a_child_starts_with_the_service(nursery: Nursery) -> None:
     assert nursery.state == "starting"
 
 
+def test_what_is_withheld_is_not_in_its_environment(nursery: Nursery) -> None:
+    """A key for somebody else stays with us; what is set for the server itself goes."""
+    nursery.child.withheld = ("INHERITED", "ADDED")
+    nursery.child.startService()
+    assert "INHERITED" not in nursery.process.env
+    assert nursery.process.env["ADDED"] == "too"
+
+
 def test_the_log_shows_the_command_without_its_key(nursery: Nursery) -> None:
     """What is run stands in the log, but no key does, nor in the note of the process."""
     nursery.child.startService()

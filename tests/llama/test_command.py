@@ -137,6 +137,13 @@ def test_a_key_is_not_shown() -> None:
     shown = without_key(["a", "--api-key", "secret", "--port", "1", "--api-key", "too"])
     assert shown == ["a", "--api-key", "***", "--port", "1", "--api-key", "***"]
     assert without_key(["a", "--api-key"]) == ["a", "--api-key"]
+    assert without_key(["a", "-hft", "x", "--hf-token", "y"]) == [
+        "a",
+        "-hft",
+        "***",
+        "--hf-token",
+        "***",
+    ]
 
 
 def test_a_socket_is_found() -> None:

@@ -654,3 +654,15 @@ async def test_a_save_that_is_cancelled_leaves_nothing(
     (disk.folder / part).write_bytes(state())
     kept = await store.commit(part, ONE, "conversation", 3000, 3000, 4096, prints("a"), 0.1)
     assert await store.is_whole(kept)
+
+
+def test_a_file_that_lies_in_the_way_is_not_written_to(tmp_path: Path) -> None:
+    """Neither where a link leads, nor with the mode that somebody gave it."""
+    other, path = tmp_path / "other", tmp_path / "kept"
+    other.write_text("as it was")
+    (tmp_path / "kept.part").symlink_to(other)
+    write_private(path, b"new")
+    assert (other.read_text(), path.read_bytes(), path.is_symlink()) == ("as it was", b"new", False)
+    (tmp_path / "kept.part").touch(0o666)
+    write_private(path, b"newer")
+    assert path.stat().st_mode & 0o777 == 0o600

@@ -583,3 +583,9 @@ def _words(content: Json) -> str:
         return content
     inner = (block.get("text") or _words(block.get("content", "")) for block in content)
     return "".join(inner)
+
+
+def test_a_passage_that_begins_again_and_again_is_looked_at_once() -> None:
+    """A system prompt of five million characters is read to its end, whatever it says."""
+    said = "Here is useful information about the environment\n<env>\nx\n" * 100_000 + "y"
+    assert prepared(system=said)["system"] == said

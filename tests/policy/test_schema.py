@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from decimal import Decimal
 from typing import Any
 
@@ -138,6 +139,7 @@ def nested(levels: int) -> Any:
     return schema
 
 
+LONG = {"enum": [f"v{n}" for n in range(1_000)]}
 MANY_WAYS = {"allOf": [{"anyOf": [{"minLength": n} for n in range(30)]}] * 5}
 
 
@@ -153,6 +155,16 @@ MANY_WAYS = {"allOf": [{"anyOf": [{"minLength": n} for n in range(30)]}] * 5}
         (laughs(), "too large or nested too deep"),
         (nested(900), "too large or nested too deep"),
         (MANY_WAYS, "too large or nested too deep"),
+        ({"oneOf": [{"const": str(n)} for n in range(700)]}, "too large or nested too deep"),
+        ({"enum": [f"v{n}" for n in range(20_000)]}, "too large or nested too deep"),
+        ({"type": "null", "$defs": {str(n): {} for n in range(2_000)}}, "too large or nested"),
+        ({"anyOf": [{"$ref": "#/$defs/a"}] * 50, "$defs": {"a": LONG}}, "too large or nested"),
+        ({"type": [n if n % 2 else str(n) for n in range(19_000)]}, "too large or nested too deep"),
+        ({"type": "string", "pattern": "a" * 10_001}, "too large or nested too deep"),
+        ({"type": "string", "pattern": "a{99999999999999999999}"}, "pattern: a quantifier above"),
+        ({"$ref": "#/default", "default": {"type": 7}}, "leads nowhere"),
+        ({"$ref": "#/$defs/a/anyOf", "$defs": {"a": {"anyOf": [{}]}}}, "leads nowhere"),
+        ({"type": "number", "exclusiveMinimum": 1e300}, "nothing fits"),
         ({"type": "array", "uniqueItems": True}, "uniqueItems is not supported"),
         ({"not": {"type": "string"}}, "not is not supported"),
         ({"properties": {"a": {"contains": {}}}}, r"schema\.properties\.a: contains"),
@@ -161,8 +173,8 @@ MANY_WAYS = {"allOf": [{"anyOf": [{"minLength": n} for n in range(30)]}] * 5}
         ({"type": "object"}, "needs properties"),
         ({"properties": {"a": {}}, "required": ["b"]}, "'b' is required"),
         ({"type": "string", "pattern": "(?=a)"}, "pattern: a group that looks around"),
-        ({"type": "string", "pattern": "["}, "is not a 'regex'"),
-        ({"type": "string", "pattern": "\\p{L}"}, r"schema.*regex|the escape"),
+        ({"type": "string", "pattern": "["}, "pattern: a class without end"),
+        ({"type": "string", "pattern": "\\p{L}"}, r"the escape"),
         ({"type": "string", "pattern": "a", "format": "date"}, "beside a format"),
         ({"type": "string", "pattern": "^a$", "minLength": 2}, "does not go with the length"),
         ({"type": "string", "format": "uuid", "maxLength": 5}, "does not go with the length"),
@@ -201,6 +213,31 @@ def test_a_pattern_is_never_looked_for() -> None:
     assert form.fits('"' + "a" * 200 + '!"')
     assert not form.is_exact
     assert read(TITLE).is_exact
+
+
+def test_pythons_engine_sees_no_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not when a schema is read, and not when an answer is looked at."""
+    seen: list[object] = []
+
+    def watched(function: Any) -> Any:
+        def watch(wanted: object, *given: object) -> Any:
+            seen.append(wanted)
+            return function(wanted, *given)
+
+        return watch
+
+    for name in ("compile", "search", "match", "fullmatch"):
+        monkeypatch.setattr(re, name, watched(getattr(re, name)))
+    form = read({"properties": {"a": {"type": "string", "pattern": "^(a+)+$"}}})
+    assert form.fits('{"a": "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa!"}')
+    assert not any("a+" in str(each) for each in seen)
+
+
+def test_many_names_of_one_place_are_looked_at_once() -> None:
+    """A place may be said in any number of ways, and holds a lot: it is no loop, and soon seen."""
+    ways = {f"a{n}": {"$ref": f"#/$defs/a/anyOf/{'0' * (n + 1)}"} for n in range(900)}
+    much = {"anyOf": [{"type": "string", "examples": list(range(15_000))}]}
+    assert isinstance(read({"properties": ways, "$defs": {"a": much}}).shape, Object)
 
 
 def test_an_object_of_any_members() -> None:

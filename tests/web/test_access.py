@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Mapping
 
 import orjson
@@ -230,6 +231,46 @@ def test_no_web_page_may_read_an_answer() -> None:
         house.settle()
         assert browser.status is not None
         assert not any(name.startswith("access-control") for name in browser.headers)
+
+
+def test_the_token_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is shown, as a password too, goes whole into one that says only yes or no."""
+    seen: list[tuple[bytes, bytes]] = []
+
+    def compare(shown: bytes, token: bytes) -> bool:
+        seen.append((shown, token))
+        return False
+
+    monkeypatch.setattr("hmac.compare_digest", compare)
+    password = b64encode(f"me:{TOKEN}".encode()).decode()
+    for headers in ({"x-api-key": TOKEN}, {"authorization": f"Bearer {TOKEN}"}):
+        assert refusal(headers=headers, token=TOKEN) is not None
+    assert refusal("/", {"authorization": f"Basic {password}"}, token=TOKEN) is not None
+    assert [shown for shown, _ in seen if shown] == [TOKEN.encode()] * 3
+    assert {token for _, token in seen} == {TOKEN.encode()}
+
+
+@pytest.mark.parametrize(
+    ("headers", "may"),
+    [
+        ({"origin": "http://localhost:9090"}, True),
+        ({"origin": "http://example.org"}, False),
+        ({"origin": "http://localhost.example.org"}, False),
+        ({"origin": "null"}, False),
+        ({"sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors"}, False),
+        ({"sec-fetch-site": "cross-site", "sec-fetch-mode": "websocket"}, False),
+        ({"sec-fetch-site": "cross-site"}, False),
+        ({"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate"}, True),
+        ({"sec-fetch-site": "same-origin", "sec-fetch-mode": "cors"}, True),
+        ({"sec-fetch-site": "none", "sec-fetch-mode": "navigate"}, True),
+    ],
+    ids=str,
+)
+def test_a_page_of_another_place_is_refused(headers: Mapping[str, str], may: bool) -> None:
+    """What it asks for, posts or shows as an image gets nothing; a link to our page leads there."""
+    for token, shown in ((None, {}), (TOKEN, {"x-api-key": TOKEN})):
+        error = refusal("/status", {**shown, **headers}, token=token)
+        assert (error is None) is may
 
 
 def test_an_address_is_no_name() -> None:

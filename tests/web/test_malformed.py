@@ -300,7 +300,9 @@ _SCHEMAS = [
     _schema("properties in a list", {"type": "object", "properties": []}),
     _schema("a required that is text", {"type": "object", "required": "a"}),
     _schema("a negative length", {"type": "string", "maxLength": -1}),
-    _schema("a pattern that is none", {"type": "string", "pattern": "("}),
+    _schema(
+        "a pattern that is none", {"type": "string", "pattern": "("}, "schema.pattern: a group"
+    ),
     _schema("within itself", {"type": "object", "properties": {"a": {"$ref": "#"}}}),
     _schema("a reference to nowhere", {"$ref": "#/$defs/a"}),
     _schema("a reference to the network", {"$ref": "http://127.0.0.1:9/a"}),
