@@ -243,7 +243,12 @@ def claude_code_router(folder: Path, upstream: int) -> Contestant:
         "models": [*TIERS],
         "transformer": {"use": ["Anthropic"]},
     }
-    config = {"PORT": port, "LOG": False, "Providers": [provider], "Router": {"default": f"fast,{MODEL}"}}
+    config = {
+        "PORT": port,
+        "LOG": False,
+        "Providers": [provider],
+        "Router": {"default": f"fast,{MODEL}"},
+    }
     (home / "config.json").write_bytes(orjson.dumps(config))
     program = str(PEERS / "claude-code-router/node_modules/.bin/ccr")
     env = {"HOME": str(folder)}
