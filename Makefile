@@ -31,8 +31,8 @@ tests: $(VENV)/test $(VENV)/demo
 	bin/get-wheels
 	bin/isolated $(BIN)/pytest
 
-bench: $(VENV)/test $(VENV)/demo
-	bin/isolated $(BIN)/python -m bench.streams
+bench: $(VENV)/test
+	bin/isolated $(BIN)/python -m bench.overhead
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info
