@@ -224,7 +224,12 @@ def litellm(folder: Path, upstream: int) -> Contestant:
     }
     config.write_bytes(orjson.dumps({"model_list": [model]}))  # JSON is YAML
     arguments = ("--config", str(config), "--host", "127.0.0.1", "--port", str(port))
-    env = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR"}
+    env = {
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        "LITELLM_LOG": "ERROR",
+        # Nobody but this machine can call it, and all that it can reach is the fake server.
+        "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",
+    }
     program = str(PEERS / "litellm/bin/litellm")
     health = "/health/liveliness"
     return _started(
