@@ -35,8 +35,8 @@ tests: $(VENV)/test $(VENV)/demo
 audit: $(VENV)/test
 	$(BIN)/python bin/audit.py
 
-bench: $(VENV)/test $(VENV)/demo
-	bin/isolated $(BIN)/python -m bench.streams
+bench: $(VENV)/test
+	bin/isolated $(BIN)/python -m bench.overhead
 
 # An hour and a half; SECONDS=60 for a short one, TARGETS="sse http" for some of them.
 fuzz: SECONDS ?= 420

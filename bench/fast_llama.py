@@ -4,30 +4,30 @@ A llama-server without a model, as fast as a socket: what the gateway is measure
 It speaks as llama-server does wherever the gateway listens, in the words of either API.  The last
 message of a call says, in its last words, what is to happen (`ORDERS`).  ``GET /journal`` tells
 what became of each call, in seconds of the clock that all processes of this machine share.
+
+It reads no more of HTTP than its callers send (a body has a length), writes bytes that were made
+before, and sends them at once: so it is not what limits a gateway, which `bench.overhead` proves.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import re
+import socket
 import sys
 import time
+from asyncio import Transport
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import attrs
 import orjson
-from twisted.internet import reactor as the_reactor
-from twisted.internet.interfaces import IPushProducer
-from twisted.internet.task import LoopingCall
-from twisted.web.resource import Resource
-from twisted.web.server import NOT_DONE_YET, Request
-from zope.interface import implementer
 
-from gateway.web.access import QuietSite
+from bench.client import until
 from tests.e2e.stack import Running, free_port, start
 
-reactor: Any = the_reactor
 Json = Any
 
 #: What a call can ask for; a number may follow.  Anything else gets a short answer.
@@ -36,6 +36,7 @@ ORDERS: Final[Mapping[str, str]] = {
     "prefill": "a status, then nothing",
     "drip": "an event each 10 ms, without end",
     "paced": "so many events, 4 ms apart",
+    "steady": "so many events, 100 ms apart: 10 tokens a second",
     "burst": "so many events at once",
     "flood": "so many bytes, as fast as they are taken",
     "stubborn": "a status, then nothing; the slot works on for `_STUBBORN` s when the client left",
@@ -72,16 +73,41 @@ class FastLlama:
     def url(self) -> str:
         return self.running.url
 
-    def journal(self) -> list[dict[str, Json]]:
-        """What became of each call so far, in the order in which they came."""
-        status, calls = self.running.ask("/journal")
-        assert status == 200
-        return list(calls)
+    def calls(self) -> int:
+        """How many calls have come so far."""
+        return int(self.running.ask("/calls")[1])
 
     def entry(self, number: int) -> dict[str, Json] | None:
         """What became of call `number`; None while it has not come."""
-        calls = self.journal()
-        return calls[number] if number < len(calls) else None
+        status, found = self.running.ask(f"/journal/{number}")
+        return found if status == 200 else None
+
+    def journal(self, since: int) -> list[dict[str, Json]]:
+        """What became of each call from number `since` on, in the order in which they came."""
+        return [self.running.ask(f"/journal/{n}")[1] for n in range(since, self.calls())]
+
+    def left(self, number: int, seconds: float = 30) -> float:
+        """When it was seen that the client of call `number` was gone; raises TimeoutError."""
+
+        def look() -> float | None:
+            entry = self.entry(number)
+            return entry["left"] if entry else None
+
+        return until(look, seconds)
+
+    def stands_still(self, number: int, seconds: float = 1.0) -> int:
+        """The bytes of call `number` that were taken, once no more are for so long."""
+        seen, since = -1, time.monotonic()
+
+        def look() -> int | None:
+            nonlocal seen, since
+            entry = self.entry(number)
+            assert entry is not None
+            if entry["accepted"] != seen or not (entry["paused"] or entry["ended"]):
+                seen, since = entry["accepted"], time.monotonic()
+            return seen if time.monotonic() - since > seconds else None
+
+        return until(look)
 
     def stop(self) -> None:
         """End it."""
@@ -114,160 +140,189 @@ class Entry:
     left: float | None = None
     ended: bool = False
 
-    @property
-    def works(self) -> bool:
-        """Whether it has a slot."""
-        if self.left is None:
-            return not self.ended
-        return self.order == "stubborn" and time.monotonic() < self.left + _STUBBORN
 
-
-@implementer(IPushProducer)
 @attrs.define(eq=False)
-class Stream:
-    """One answer, written in chunks that were made before."""
+class Llama:
+    """
+    What all connections share.
 
-    request: Request
-    entry: Entry
-    api: Api
-    _more: Callable[[], None] | None = None
+    Attributes:
+        slots: how many it has.
+        calls: all that have come.
+        working: those that have a slot.
+    """
 
-    def begin(self) -> None:
-        """Status, headers and the first events."""
-        self.status()
-        self.write(self.api.start)
+    slots: int
+    calls: list[Entry] = attrs.field(factory=list)
+    working: set[Entry] = attrs.field(factory=set)
 
-    def status(self) -> None:
-        """Status and headers, and no event yet."""
-        self.request.setHeader("content-type", "text/event-stream")
-        self.request.write(b"")
+    def begun(self, order: str) -> Entry:
+        """A call that has come."""
+        entry = Entry(order, overlapped=bool(self.working))
+        self.calls.append(entry)
+        self.working.add(entry)
+        return entry
 
-    def write(self, chunks: bytes) -> None:
-        """Past the request, which would frame a whole block as one chunk."""
-        self.entry.accepted += len(chunks)
-        assert self.request.channel is not None
-        self.request.channel.write(chunks)
+    def told(self, path: str, raw: bytes) -> Json:
+        """What is answered at any path that is no completion; None for a path that there is not."""
+        match path.split("/")[1:]:
+            case ["health"]:
+                return {"status": "ok"}
+            case ["props"]:
+                window = {"n_ctx": 200_000}
+                return {"default_generation_settings": window, "total_slots": self.slots}
+            case ["slots"]:
+                busy = len(self.working)
+                return [{"is_processing": n < busy} for n in range(self.slots)]
+            case ["apply-template"]:
+                return {"prompt": raw.decode()}
+            case ["tokenize"]:
+                return {"tokens": list(range(len(raw) // 4))}
+            case ["calls"]:
+                return len(self.calls)
+            case ["journal", number] if int(number) < len(self.calls):
+                return attrs.asdict(self.calls[int(number)])
+            case _:
+                return None
 
-    def end(self) -> None:
-        """The events that end an answer, and the end of the body."""
-        self.write(self.api.end)
-        self.entry.ended = True
-        self.request.finish()
 
-    def flood(self, size: int) -> None:
-        """At least `size` bytes, as fast as they are taken."""
-        block = self.api.events(_BLOCK, _TEXT)
+class Connection(asyncio.Protocol):
+    """One connection: a request at a time, and its answer."""
 
-        def more() -> None:
-            while not self.entry.paused and self.entry.accepted < size:
-                self.write(block)
-                self.entry.events += _BLOCK
-            if not self.entry.paused:
-                self._more = None
-                self.request.unregisterProducer()
-                self.end()
+    def __init__(self, llama: Llama) -> None:
+        self._llama = llama
+        self._loop = asyncio.get_running_loop()
+        self._read = bytearray()
+        self._transport: Transport
+        self._entry: Entry | None = None
+        self._api = MESSAGES
+        self._is_last = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._more: Callable[[], None] = _nothing
 
-        self._more = more
-        self.request.registerProducer(self, True)
-        more()
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(Transport, transport)
 
-    def drip(self, seconds: float, count: float = float("inf")) -> None:
-        """An event each so many seconds, with the time of its writing in it."""
-        left = count
-
-        def drop() -> None:
-            nonlocal left
-            if left <= 0:
-                loop.stop()
-                self.end()
+    def data_received(self, data: bytes) -> None:
+        self._read += data
+        while self._entry is None and (end := self._read.find(b"\r\n\r\n")) >= 0:
+            head = bytes(self._read[: end + 2])
+            length = _LENGTH.search(head)
+            body = end + 4
+            after = body + (int(length[1]) if length else 0)
+            if len(self._read) < after:
                 return
-            left -= 1
-            self.write(self.api.delta(f"{time.monotonic():.7f}"))
+            raw = bytes(self._read[body:after])
+            del self._read[:after]
+            self._is_last = _CLOSE.search(head) is not None
+            self._asked(head.split(b" ", 2)[1].decode(), raw)
 
-        loop = LoopingCall(drop)
-        self.request.notifyFinish().addErrback(lambda _: loop.stop())
-        loop.start(seconds)
+    def eof_received(self) -> None:
+        # The client is gone, whatever of the answer is not sent yet.
+        self._transport.abort()
 
-    def pauseProducing(self) -> None:
-        self.entry.paused = True
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
+        if self._timer is not None:
+            self._timer.cancel()
+        if (entry := self._entry) is None:
+            return
+        entry.left = time.monotonic()
+        if entry.order == "stubborn":
+            self._loop.call_later(_STUBBORN, self._llama.working.discard, entry)
+        else:
+            self._llama.working.discard(entry)
 
-    def resumeProducing(self) -> None:
-        self.entry.paused = False
-        if self._more is not None:
+    def pause_writing(self) -> None:
+        if self._entry is not None:
+            self._entry.paused = True
+
+    def resume_writing(self) -> None:
+        if self._entry is not None:
+            self._entry.paused = False
             self._more()
 
-    def stopProducing(self) -> None:
-        self._more = None
+    # --- answers ----------------------------------------------------------------------------------
 
+    def _asked(self, path: str, raw: bytes) -> None:
+        if path.startswith(("/v1/messages", "/v1/chat/completions")):
+            self._api = MESSAGES if path.startswith("/v1/messages") else CHAT
+            self._ordered(*ordered(orjson.loads(raw)))
+            return
+        said, status = self._llama.told(path, raw), b"200 OK"
+        if said is None:
+            said, status = _NOT_FOUND, b"404 Not Found"
+        told = orjson.dumps(said)
+        self._transport.write(_WHOLE % (status, len(told), told))
+        self._is_done()
 
-class Llama(Resource):
-    """Every endpoint, and the journal."""
-
-    def __init__(self, slots: int) -> None:
-        super().__init__()
-        self.isLeaf = True
-        self.slots = slots
-        self.calls: list[Entry] = []
-
-    def render(self, request: Request) -> Any:
-        """Answer `request`."""
-        assert request.content is not None
-        raw = request.content.read()
-        match request.path.decode():
-            case "/v1/messages":
-                return self.message(request, orjson.loads(raw), MESSAGES)
-            case "/v1/chat/completions":
-                return self.message(request, orjson.loads(raw), CHAT)
-            case "/health":
-                return b'{"status":"ok"}'
-            case "/props":
-                window = {"n_ctx": 200_000}
-                props = {"default_generation_settings": window, "total_slots": self.slots}
-                return orjson.dumps(props)
-            case "/slots":
-                busy = sum(entry.works for entry in self.calls)
-                return orjson.dumps([{"is_processing": n < busy} for n in range(self.slots)])
-            case "/apply-template":
-                return orjson.dumps({"prompt": raw.decode()})
-            case "/tokenize":
-                return orjson.dumps({"tokens": list(range(len(raw) // 4))})
-            case "/journal":
-                return orjson.dumps([attrs.asdict(entry) for entry in self.calls])
-            case _:
-                request.setResponseCode(404)
-                return b'{"error":{"code":404,"message":"File Not Found","type":"not_found_error"}}'
-
-    def message(self, request: Request, body: Mapping[str, Json], api: Api) -> int:
+    def _ordered(self, name: str, number: str) -> None:
         """Do what the prompt says."""
-        name, number = ordered(body)
-        overlapped = any(other.works for other in self.calls)
-        entry = Entry(f"{name} {number}".strip(), overlapped)
-        self.calls.append(entry)
-        request.notifyFinish().addErrback(lambda _: setattr(entry, "left", time.monotonic()))
-        stream = Stream(request, entry, api)
+        self._entry = self._llama.begun(f"{name} {number}".strip())
         match name:
             case "silence":
                 pass
             case "prefill" | "stubborn":
-                stream.status()
+                self._transport.write(_STREAM)
             case "drip":
-                stream.begin()
-                stream.drip(0.01)
+                self._drip(0.01)
             case "paced":
-                stream.begin()
-                stream.drip(0.004, int(number))
+                self._drip(0.004, int(number))
+            case "steady":
+                self._drip(0.1, int(number))
             case "burst":
-                stream.begin()
-                stream.write(api.events(int(number)))
-                stream.end()
+                self._end(_STREAM + self._api.start + self._api.events(int(number)))
             case "flood":
-                stream.begin()
-                stream.flood(int(number))
+                self._flood(int(number))
             case _:
-                stream.begin()
-                stream.write(api.delta("Hello"))
-                stream.end()
-        return NOT_DONE_YET
+                self._end(_STREAM + self._api.start + self._api.delta("Hello"))
+
+    def _end(self, before: bytes = b"") -> None:
+        """The events that end an answer, and the end of the body."""
+        assert self._entry is not None
+        entry, self._entry, self._more = self._entry, None, _nothing
+        self._llama.working.discard(entry)
+        entry.ended = True
+        self._transport.write(before + self._api.end)
+        entry.accepted += len(before) + len(self._api.end)
+        self._is_done()
+
+    def _is_done(self) -> None:
+        if self._is_last:
+            self._transport.close()
+
+    def _flood(self, size: int) -> None:
+        """At least `size` bytes, as fast as they are taken."""
+        entry, block = self._entry, self._api.events(_BLOCK, _TEXT)
+        assert entry is not None
+
+        def more() -> None:
+            while not entry.paused and entry.accepted < size:
+                self._transport.write(block)
+                entry.accepted += len(block)
+                entry.events += _BLOCK
+            if not entry.paused:
+                self._end()
+
+        self._more = more
+        self._transport.write(_STREAM + self._api.start)
+        more()
+
+    def _drip(self, seconds: float, count: float = float("inf")) -> None:
+        """An event each so many seconds, with the time of its writing in it."""
+        left, at = count, self._loop.time()
+
+        def drop() -> None:
+            nonlocal left, at
+            if left <= 0:
+                self._end()
+                return
+            self._transport.write(self._api.delta(f"{time.monotonic():.7f}"))
+            left -= 1
+            at += seconds
+            self._timer = self._loop.call_at(at, drop)
+
+        self._transport.write(_STREAM + self._api.start)
+        drop()
 
 
 def ordered(body: Mapping[str, Json]) -> tuple[str, str]:
@@ -279,12 +334,30 @@ def ordered(body: Mapping[str, Json]) -> tuple[str, str]:
     return (name, number) if number.isdigit() else (number, "")
 
 
+def _nothing() -> None:
+    pass
+
+
 # --- its bytes ------------------------------------------------------------------------------------
+
+
+_LENGTH: Final = re.compile(rb"\r\ncontent-length: *(\d+)\r\n", re.IGNORECASE)
+_CLOSE: Final = re.compile(rb"\r\nconnection: *close\r\n", re.IGNORECASE)
+_WHOLE: Final = b"HTTP/1.1 %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b"
+_STREAM: Final = (
+    b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
+)
+_NOT_FOUND: Final = {"error": {"code": 404, "message": "File Not Found", "type": "not_found_error"}}
 
 
 def chunk(data: bytes) -> bytes:
     """One chunk of a body, as HTTP/1.1 frames it."""
     return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+def last_chunk(data: bytes) -> bytes:
+    """The chunk that a body ends with."""
+    return chunk(data) + chunk(b"")
 
 
 def event(body: Mapping[str, Json]) -> bytes:
@@ -311,11 +384,11 @@ class Api:
 
     Attributes:
         start: the chunk of what comes before the answer's text.
-        end: the chunk of what comes after it.
+        end: the chunk of what comes after it, and the end of the body.
     """
 
     start: bytes = attrs.field(converter=chunk)
-    end: bytes = attrs.field(converter=chunk)
+    end: bytes = attrs.field(converter=last_chunk)
     _said: Callable[[str], bytes]
 
     def delta(self, text: str) -> bytes:
@@ -358,14 +431,22 @@ CHAT: Final = Api(
 )
 
 
+async def serve(port: int, slots: int) -> None:
+    """Serve for ever."""
+    llama, loop = Llama(slots), asyncio.get_running_loop()
+    server = await loop.create_server(
+        lambda: Connection(llama), "127.0.0.1", port, backlog=socket.SOMAXCONN
+    )
+    await server.serve_forever()
+
+
 def main() -> None:
     """Serve until TERM."""
     parser = argparse.ArgumentParser(prog="python -m bench.fast_llama", description=__doc__)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--slots", type=int, default=1)
     options = parser.parse_args()
-    reactor.listenTCP(options.port, QuietSite(Llama(options.slots)), interface="127.0.0.1")
-    reactor.run()
+    asyncio.run(serve(options.port, options.slots))
 
 
 if __name__ == "__main__":

@@ -20,14 +20,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, Self
 
-import psutil
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webdriver import WebDriver
 from selenium.webdriver.support.wait import WebDriverWait
 from twisted.internet import reactor as real_reactor
 from twisted.internet.threads import deferToThread
 
-from bench.streams import Client
+from bench.client import Client
+from bench.processes import cpu
 from bench.waiting import body
 from tests.e2e.chromium import chromium, serve
 from tests.e2e.clients import eventually
@@ -58,6 +58,7 @@ def main() -> int:
 
 def costs(gateway: Running, llama: ScriptedLlama, seconds: float) -> None:
     """The gateway's share of a core, by how many pages are open."""
+    pid = gateway.process.pid
     for number in range(25):
         said = [{"role": "user", "content": f"question {number}"}]
         gateway.ask("/v1/messages", {"model": "m", "max_tokens": 9, "messages": said})
@@ -70,22 +71,16 @@ def costs(gateway: Running, llama: ScriptedLlama, seconds: float) -> None:
             with ExitStack() as open_pages:
                 counts = [open_pages.enter_context(Page(gateway.port)) for _ in range(pages)]
                 time.sleep(2)
-                before, bytes_before = cpu(gateway), [page.read for page in counts]
+                before, bytes_before = cpu(pid), [page.read for page in counts]
                 time.sleep(seconds)
-                used = 100 * (cpu(gateway) - before) / seconds
+                used = 100 * (cpu(pid) - before) / seconds
                 sent = [page.read - old for page, old in zip(counts, bytes_before, strict=True)]
                 each = f", {statistics.mean(sent) / seconds / 1000:.1f} kB/s each" if sent else ""
                 print(f"{pages} open: {used:.2f} % of a core{each}")
-    began, answers = cpu(gateway), 50
+    began, answers = cpu(pid), 50
     for _ in range(answers):
         _, page = gateway.ask_raw("/")
-    print(f"GET /: {1000 * (cpu(gateway) - began) / answers:.1f} ms of CPU, {len(page)} bytes")
-
-
-def cpu(gateway: Running) -> float:
-    """Seconds of CPU that it has used."""
-    times = psutil.Process(gateway.process.pid).cpu_times()
-    return float(times.user + times.system)
+    print(f"GET /: {1000 * (cpu(pid) - began) / answers:.1f} ms of CPU, {len(page)} bytes")
 
 
 class Page:

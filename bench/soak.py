@@ -34,7 +34,7 @@ import orjson
 import psutil
 
 from bench.persistent import Call, Ended, Outcome, ask
-from bench.streams import resident
+from bench.processes import resident
 from bench.waiting import show
 from tests.e2e.clients import eventually
 from tests.e2e.stack import SMOLLM, TWISTD, Running, free_port, start
@@ -380,7 +380,7 @@ class Size:
     @classmethod
     def of(cls, gateway: Running) -> Size:
         pid = gateway.process.pid
-        return cls(resident(pid) or 0.0, psutil.Process(pid).num_fds())
+        return cls(resident(pid), psutil.Process(pid).num_fds())
 
     def __str__(self) -> str:
         return f"{self.memory:.1f} MB, {self.files} file descriptors"

@@ -16,7 +16,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
-from bench.streams import Client, resident
+from bench.client import Client
+from bench.processes import cpu, resident
 from tests.e2e.clients import eventually
 from tests.e2e.scripted_llama import ScriptedLlama
 from tests.e2e.stack import Running, start_gateway
@@ -48,9 +49,10 @@ def measure(
     gateway: Running, llama: ScriptedLlama, calls: int, leaving: int, seconds: float
 ) -> int:
     """All of it, on a gateway that has done nothing yet."""
+    pid = gateway.process.pid
     llama.prefill = seconds + 90  # the first call's; nobody else gets that far before it ends
     with ExitStack() as stack:
-        before = rss(gateway)
+        before = resident(pid)
         stack.enter_context(Client.calling(gateway.port, body("first")))
         assert eventually(lambda: llama.processing, 30)
         began = time.monotonic()
@@ -61,10 +63,10 @@ def measure(
         assert eventually(lambda: waiting(gateway) == calls, 120)
         took = time.monotonic() - began
         show(f"{calls} calls of {PROMPT // 1000} KB are in line after", f"{took:.1f} s")
-        show("memory before, with them in line", f"{before:.0f} MB, {rss(gateway):.0f} MB")
-        spent, since = cpu(gateway), time.monotonic()
+        show("memory before, with them in line", f"{before:.0f} MB, {resident(pid):.0f} MB")
+        spent, since = cpu(pid), time.monotonic()
         time.sleep(seconds)
-        share = (cpu(gateway) - spent) / (time.monotonic() - since)
+        share = (cpu(pid) - spent) / (time.monotonic() - since)
         show(f"CPU while they wait, over {seconds:.0f} s", f"{share:.2%} of a core")
         freed = [leave(gateway, client) for client in clients[:leaving]]
         show(
@@ -79,7 +81,7 @@ def measure(
         tier = gateway.ask("/status")[1]["tiers"]["main"]
         lost = tier["running"] + tier["settling"]
         show("permits lost", str(lost))
-        show("memory at the end", f"{rss(gateway):.0f} MB")
+        show("memory at the end", f"{resident(pid):.0f} MB")
     return 0 if answered == len(stayed) and lost == 0 else 1
 
 
@@ -99,17 +101,16 @@ def body(which: str) -> Json:
     }
 
 
-def waiting(gateway: Running) -> int:
+def waiting(gateway: Running, tier: str = "main") -> int:
     """The calls in line."""
-    return int(gateway.ask("/status")[1]["tiers"]["main"]["waiting"])
+    return int(gateway.ask("/status")[1]["tiers"][tier]["waiting"])
 
 
-def leave(gateway: Running, client: Client) -> float:
-    """Seconds from a client's leaving until the gateway shows one call less."""
-    before = waiting(gateway)
-    began = time.monotonic()
-    client.connection.close()
-    while waiting(gateway) >= before:
+def leave(gateway: Running, client: Client, tier: str = "main") -> float:
+    """Seconds from a client's leaving until the gateway shows one call less in that line."""
+    before = waiting(gateway, tier)
+    began = client.leave()
+    while waiting(gateway, tier) >= before:
         pass
     return time.monotonic() - began
 
@@ -122,17 +123,6 @@ def is_answered(client: Client) -> bool:
     except EOFError:
         return False
     return True
-
-
-def rss(gateway: Running) -> float:
-    """Resident memory in MB."""
-    return resident(gateway.process.pid) or 0.0
-
-
-def cpu(gateway: Running) -> float:
-    """Seconds of CPU that it has used."""
-    fields = Path(f"/proc/{gateway.process.pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / 100
 
 
 if __name__ == "__main__":

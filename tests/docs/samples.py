@@ -108,6 +108,7 @@ NOT_RUN: Final[Mapping[str, str]] = {
     "lsof ": "it only looks, with a program that not every machine has",
     "python -m bench.soak": "it takes half an hour",
     "python -m bench.cache": "it takes half an hour",
+    "python -m bench.overhead": "it takes minutes; its parts are in tests/bench",
     "python -m bench.audit": "it takes many minutes; what it counts with is in tests/e2e",
 }
 
