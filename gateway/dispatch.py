@@ -24,7 +24,7 @@ from gateway.ledger import ENDED_BY_HAND, Ledger, Record
 from gateway.policy import patience, routes, tools
 from gateway.policy.calls import Call
 from gateway.policy.routes import Route
-from gateway.preparation import Preparation, Prepared
+from gateway.preparation import Preparation, Prepared, identity
 from gateway.tier import answer, embeddings
 from gateway.tier.answer import Client, Teller
 from gateway.tier.ended import Ended
@@ -114,15 +114,14 @@ class Dispatch:
             one_call = tools.takes_one_call(request)
             repair = Repair(f"msg_{uuid4().hex}", request.model, one_call=one_call)
             record.usage = repair.usage
-
-            tickets: list[Ticket] = []
+            key = partial(identity, request, headers)
+            note = partial(self._note, record, request, caller, key)
 
             async def ask_once(teller: Teller) -> None:
-                note = partial(_note, record, request, caller)
                 ready = await self._preparation.message(request, headers, record, note)
                 repair.tier = ready.tier.name
                 teller.ready(partial(ready.tier.counter.count, ready.body))
-                ticket = self._ticket(ready, tickets)
+                ticket = ready.ticket(partial(self.ledger.content, record))
                 asking = partial(self._asking(ready, ticket, headers, repair), teller)
                 if ready.tier.remote is not None:
                     return await asking()
@@ -138,7 +137,7 @@ class Dispatch:
                 asking = self._until_answered(
                     record, partial(ask_once, teller), again=again, may_be_away=_AWAY
                 )
-                await self._endable(record, tickets, asking)
+                await self._endable(record, key, asking)
 
             if not request.stream:
                 limit = patience.client_waits(headers)
@@ -171,12 +170,12 @@ class Dispatch:
         """
         with self.ledger.call(caller.request_id) as record:
             request = openai.read_embedding(raw)
-            tickets: list[Ticket] = []
+            key = partial(identity, request, headers)
+            note = partial(self._note, record, request, caller, key)
 
             async def ask_once() -> dict[str, Json]:
-                note = partial(_note, record, request, caller)
                 ready = await self._preparation.embedding(request, headers, record, note)
-                ticket = self._ticket(ready, tickets)
+                ticket = ready.ticket(partial(self.ledger.content, record))
                 started = partial(self.ledger.started, record)
                 how: Any = {"ticket": ticket, "started": started}
                 asking = partial(embeddings.ask, ready.tier, request.prepared, ready.body, **how)
@@ -184,7 +183,7 @@ class Dispatch:
 
             asking = self._until_answered(record, ask_once)
             try:
-                said = await self._endable(record, tickets, asking)
+                said = await self._endable(record, key, asking)
             except Lost as error:
                 raise answer.went_away(record.tier) from error
             usage = said.get("usage")
@@ -258,12 +257,20 @@ class Dispatch:
         """What makes a call ready by what holds now."""
         return Preparation(self.tiers, self.rules, self.reactor)
 
-    def _ticket(self, ready: Prepared, tickets: list[Ticket]) -> Ticket:
-        """The ticket of `ready`, put into `tickets`; raises ApiError if a person ended it."""
-        ticket = ready.ticket(partial(self.ledger.content, ready.record))
-        self._ended.check(ticket)
-        tickets[:] = [ticket]
-        return ticket
+    def _note(
+        self,
+        record: Record,
+        request: MessagesRequest,
+        caller: Caller,
+        key: Callable[[], bytes],
+        call: Call,
+        route: Route,
+    ) -> None:
+        """Write down what a call is and where it goes; raises ApiError if a person ended it."""
+        record.kind, record.session, record.model = call.kind, call.session, request.model
+        record.tier, record.rule, record.background = route.tier, route.rule, route.background
+        caller.routed(route.tier, call.kind, route.degraded)
+        self._ended.check(key)
 
     async def _until_answered(
         self,
@@ -299,9 +306,12 @@ class Dispatch:
                 log.warn("{id}: {why}; asking again", id=record.id, why=str(error))
 
     async def _endable(
-        self, record: Record, tickets: list[Ticket], asking: Coroutine[Deferred[Any], Any, T]
+        self,
+        record: Record,
+        key: Callable[[], bytes],
+        asking: Coroutine[Deferred[Any], Any, T],
     ) -> T:
-        """What `asking` gives, unless a person ends it, whose ticket stands in `tickets` then."""
+        """What `asking` gives, unless a person ends it; `key` tells the call from others."""
         under_way = self._open[record.id] = Deferred.fromCoroutine(asking)
         try:
             found: T = await under_way
@@ -309,7 +319,7 @@ class Dispatch:
             if record.id in self._open:
                 raise  # it was the client who left
             record.outcome = ENDED_BY_HAND
-            raise self._ended.end(tickets) from None
+            raise self._ended.end(key()) from None
         finally:
             self._open.pop(record.id, None)
         return found
@@ -332,14 +342,6 @@ class Dispatch:
         how["tokens"] = ready.form_tokens
         under = answer.under_schema if ready.meant.is_bound else answer.words_under_schema
         return partial(under, ready.tier, ready.body, ready.form, repair, **how)
-
-
-def _note(
-    record: Record, request: MessagesRequest, caller: Caller, call: Call, route: Route
-) -> None:
-    record.kind, record.session, record.model = call.kind, call.session, request.model
-    record.tier, record.rule, record.background = route.tier, route.rule, route.background
-    caller.routed(route.tier, call.kind, route.degraded)
 
 
 def _counts_none(tier: Tier) -> ApiError:

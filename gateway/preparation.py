@@ -9,6 +9,7 @@ model, its tier says.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache, partial
 from hashlib import blake2b
 from typing import Any, Final
@@ -24,11 +25,12 @@ from gateway.policy import calls, order, patience, prefix, routes, schema
 from gateway.policy.calls import Call
 from gateway.policy.routes import Route
 from gateway.policy.schema import Form
+from gateway.policy.template import Template
 from gateway.tier.line import Ticket
 from gateway.tier.tier import Tier
 from gateway.wire import openai
 from gateway.wire.chat import AS_MANY_AS_FIT
-from gateway.wire.errors import down, invalid, prompt_too_long
+from gateway.wire.errors import ApiError, down, invalid, prompt_too_long
 from gateway.wire.request import MessagesRequest
 
 Json = Any
@@ -272,6 +274,24 @@ class Preparation:
 
         check()
         return check
+
+
+def identity(request: MessagesRequest, headers: Mapping[str, str]) -> bytes:
+    """
+    Tells a call from others, wherever it goes, and is the same when its client sends it again.
+
+    A client that sends a call again may do so without a stream, and then ask for fewer tokens.
+    """
+    conversation, body = "", request.body
+    if isinstance(request, openai.Bare):
+        body = request.prepared
+    else:
+        call = calls.understand(request, headers)
+        conversation = call.conversation
+        with suppress(ApiError):  # no llama-server would take it, but another may
+            body = prefix.prepare(_meant(request, call), Template(vision=True))
+    prompt = {name: body[name] for name in body if name not in ("max_tokens", "stream")}
+    return blake2b(orjson.dumps([conversation, prompt]), digest_size=16).digest()
 
 
 def _check_takes_bare(tier: Tier) -> None:

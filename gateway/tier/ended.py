@@ -8,13 +8,12 @@ refused.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Final
 
 import attrs
 from twisted.internet.interfaces import IReactorTime
 
-from gateway.tier.line import Ticket
 from gateway.wire.errors import ApiError
 
 #: Seconds for which the same call is refused.
@@ -31,22 +30,20 @@ class Ended:
     _reactor: IReactorTime
     _when: dict[bytes, float] = attrs.field(factory=dict, init=False)
 
-    def end(self, tickets: Sequence[Ticket]) -> ApiError:
-        """What is told to the client of a call with these tickets."""
-        for ticket in tickets:
-            key = ticket.key()
-            self._when.pop(key, None)
-            self._when[key] = self._reactor.seconds()
-            if len(self._when) > _MOST:
-                del self._when[next(iter(self._when))]
+    def end(self, key: bytes) -> ApiError:
+        """What is told to the client of the call that `key` tells from others."""
+        self._when.pop(key, None)
+        self._when[key] = self._reactor.seconds()
+        if len(self._when) > _MOST:
+            del self._when[next(iter(self._when))]
         return _refusal()
 
-    def check(self, ticket: Ticket) -> None:
+    def check(self, key: Callable[[], bytes]) -> None:
         """Raise ApiError (400, not to be tried again) for a call that was ended a moment ago."""
         oldest = self._reactor.seconds() - REMEMBERED
         self._when = {key: when for key, when in self._when.items() if when > oldest}
         # Most of the time there are none, and a key is the digest of a whole body.
-        if self._when and ticket.key() in self._when:
+        if self._when and key() in self._when:
             raise _refusal()
 
 

@@ -8,7 +8,6 @@ import pytest
 from twisted.internet.task import Clock
 
 from gateway.tier.ended import REMEMBERED, Ended
-from gateway.tier.line import Ticket
 from gateway.wire.errors import ApiError
 from tests.house import HELLO, Browser, Household, turn
 
@@ -37,6 +36,37 @@ def test_a_stream_that_is_ended_does_not_come_again() -> None:
     house.wait(4)
     assert (again.status, again.headers["x-should-retry"]) == (400, "false")
     assert len(house.main.held) == 1
+
+
+def test_one_whose_server_loads_does_not_come_again() -> None:
+    """Its client is refused at once, also while nobody is there to answer, and so told where."""
+    house = Household.built()
+    house.main.status = 503
+    browser = house.ask(turn(stream=True))
+    (call,) = house.api.dispatch.status()["calls"]
+    assert house.api.dispatch.end(call["id"])
+    house.settle()
+    assert (browser.status, last(house)) == (400, "ended by hand")
+    again, other = house.ask(turn(max_tokens=5)), house.ask(turn("other"))
+    assert (again.status, again.headers["x-should-retry"]) == (400, "false")
+    assert again.headers["x-claudegw-tier"] == "main"
+    assert other.status is None
+    house.main.status = None
+    house.wait(4)
+    assert len(house.main.held) == 1
+
+
+def test_one_that_no_llama_server_would_take_does_not_come_again() -> None:
+    """Whatever its body is, it is known again."""
+    house = Household.built()
+    house.main.status = 503
+    body = turn("hi", tools=[{"type": "web_search_20250305", "name": "web_search"}])
+    house.ask(body)
+    (call,) = house.api.dispatch.status()["calls"]
+    assert house.api.dispatch.end(call["id"])
+    house.settle()
+    again = house.ask(body)
+    assert "ended this call by hand" in again.json["error"]["message"]
 
 
 def test_it_may_be_asked_again_later() -> None:
@@ -102,9 +132,10 @@ def test_a_client_that_leaves_is_not_ended_by_hand() -> None:
 def test_only_some_are_remembered() -> None:
     """The memory is bounded, and holds the latest."""
     remembered = Ended(Clock())
-    tickets = [Ticket(key=partial(str.encode, str(number))) for number in range(101)]
-    remembered.end(tickets)
-    remembered.check(tickets[0])
-    for ticket in tickets[1:]:
+    keys = [str(number).encode() for number in range(101)]
+    for key in keys:
+        remembered.end(key)
+    remembered.check(lambda: keys[0])
+    for key in keys[1:]:
         with pytest.raises(ApiError):
-            remembered.check(ticket)
+            remembered.check(partial(bytes, key))
