@@ -291,9 +291,14 @@ class House(MultiService):
             child.retry()
 
     async def _remove(self, tier: Tier) -> None:
-        """Let a tier go that nobody is sent to any more, once its calls have their answers."""
+        """
+        Let a tier go that nobody is sent to any more, once its calls have their answers.
+
+        What its slot holds is saved, for the day on which the tier comes back.
+        """
         self._leaving.append(tier)
         await tier.rest(Rank.BACKGROUND)
+        await tier.cache.rest(max(_SAVING, self.config.gateway.grace))
         tier.stop()
         if tier.child is not None:
             await tier.child.stopService()

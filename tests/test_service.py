@@ -23,6 +23,7 @@ from gateway.policy.calls import KINDS
 from gateway.policy.template import Template
 from gateway.remote.openai import OpenAI
 from gateway.service import House, Options
+from gateway.tier.cache import Cache
 from gateway.tier.line import Permit, Ticket
 from gateway.upstream import Health, Props
 from gateway.wire.errors import ApiError
@@ -271,6 +272,30 @@ def test_a_tier_that_is_removed_ends_its_calls_first(estate: Estate) -> None:
     estate.process("small").ends()
     assert "tier small: removed" in estate.said
     assert not waiting.failed
+
+
+def test_the_slot_of_a_tier_that_is_removed_is_saved(
+    estate: Estate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When its last call is over and before its server is ended, within the grace."""
+    saving: list[tuple[str, float]] = []
+    done: Deferred[None] = Deferred()
+
+    async def rest(cache: Cache, seconds: float) -> None:
+        saving.append((cache.name, seconds))
+        await done
+
+    monkeypatch.setattr("gateway.tier.cache.Cache.rest", rest)
+    estate.stands("grace = 77\n", tier("main"), tier("small"))
+    call = estate.call("small")
+    estate.reads("grace = 77\n", tier("main"))
+    assert saving == []
+    call.over()
+    assert saving == [("small", 77)]
+    assert estate.process("small").signals == []
+    done.callback(None)
+    assert estate.process("small").signals == ["TERM"]
+    estate.process("small").ends()
 
 
 def test_a_tier_that_is_removed_while_its_server_ends(estate: Estate) -> None:
