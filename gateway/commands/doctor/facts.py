@@ -20,7 +20,7 @@ import attrs
 from packaging.requirements import Requirement
 
 from gateway.commands.doctor.machine import Listener, Machine, Reply
-from gateway.commands.running import Unusable, url_of
+from gateway.commands.running import Unusable, address, url_of
 from gateway.config import MIB, Config, ConfigError, Server, Tier, load
 from gateway.llama import embedded, gguf
 from gateway.llama.command import command, option
@@ -170,11 +170,13 @@ class Facts:
     All of it.
 
     Attributes:
+        version: of claudegw, as it is installed.
         path: of the configuration.
         config: None where it cannot be used; `mistakes` says why.
         mode: of the configuration's file.
         url: where a client finds the gateway; "" where it cannot, and `no_url` says why.
         listener: who listens there.
+        elsewhere: the address to listen at, where it is none of this machine; else "".
         status: what the gateway says of itself.
         free_port: one that could be the gateway's.
         state: the state folder, and that of the snapshots in it.
@@ -183,6 +185,7 @@ class Facts:
     """
 
     python: tuple[int, ...]
+    version: str
     packages: tuple[Package, ...]
     path: Path
     config: Config | None
@@ -191,6 +194,7 @@ class Facts:
     url: str
     no_url: str
     listener: Listener | None
+    elsewhere: str
     status: Reply
     free_port: int
     state: tuple[Folder, ...]
@@ -230,6 +234,7 @@ def gather(machine: Machine, path: Path) -> Facts:
         ]
     return Facts(
         python=tuple(sys.version_info[:3]),
+        version=version("claudegw"),
         packages=tuple(_packages()),
         path=path,
         config=config,
@@ -238,6 +243,7 @@ def gather(machine: Machine, path: Path) -> Facts:
         url=url,
         no_url=no_url,
         listener=listener,
+        elsewhere="" if config is None else _elsewhere(machine, config.gateway.listen),
         status=status,
         free_port=machine.free_port(),
         state=state,
@@ -247,6 +253,14 @@ def gather(machine: Machine, path: Path) -> Facts:
         tiers=tuple(tiers),
         client=_client(machine),
     )
+
+
+def _elsewhere(machine: Machine, listen: str) -> str:
+    try:
+        host, _ = address(listen)
+    except Unusable:
+        return ""
+    return "" if machine.has_address(host) else host
 
 
 def _config(path: Path) -> tuple[Config | None, tuple[str, ...]]:

@@ -136,6 +136,12 @@ def gateway(facts: Facts, say: Say) -> Iterator[Finding]:
     other = f'Set `listen = "tcp:{facts.free_port}:interface=127.0.0.1"` in [gateway]'
     if facts.no_url:
         yield say("problem", facts.no_url, other)
+    elif facts.elsewhere and not facts.is_up:
+        yield say(
+            "problem",
+            f"{facts.elsewhere} is no address of this machine: the gateway cannot listen there",
+            other,
+        )
     elif facts.listener is None:
         yield say(
             "problem",
@@ -148,8 +154,14 @@ def gateway(facts: Facts, say: Say) -> Iterator[Finding]:
             f"what runs at {facts.url} has other tiers than {facts.path}",
             "Restart the gateway with this configuration, or name its own with --config FILE",
         )
+    elif facts.is_up and (runs := mapping(facts.status.said).get("version")) != facts.version:
+        yield say(
+            "warning",
+            f"claudegw {runs} runs at {facts.url}, and {facts.version} is installed",
+            f"Stop it and start it again: `twistd -n claudegw --config {path}`",
+        )
     elif facts.is_up:
-        yield say("ok", f"claudegw {mapping(facts.status.said).get('version')} at {facts.url}")
+        yield say("ok", f"claudegw {runs} at {facts.url}")
     elif facts.status.status == 401:
         yield say(
             "problem",

@@ -159,6 +159,18 @@ class Machine:
                     return Listener(process.name(), each.pid, command)
         return Listener()
 
+    def has_address(self, host: str) -> bool:
+        """Whether this machine can be reached under it."""
+        try:
+            for family, kind, protocol, _, where in socket.getaddrinfo(
+                host, 0, type=socket.SOCK_STREAM
+            ):
+                with closing(socket.socket(family, kind, protocol)) as probe:
+                    probe.bind(where)
+        except OSError:
+            return False
+        return True
+
     def free_port(self) -> int:
         """A port of loopback that nobody listens at."""
         with closing(socket.socket()) as probe:

@@ -347,8 +347,20 @@ def _has_text(rounds: Rounds) -> bool:
     return any(block.get("type") in ("text", "thinking") for block in _blocks(rounds, "text"))
 
 
+def _calls(rounds: Rounds) -> list[Mapping[str, Json]]:
+    """The arguments of each call of the tool."""
+    blocks = _blocks(rounds, "tool")
+    return [mapping(block.get("input")) for block in blocks if block.get("name") == "look"]
+
+
 def _has_call(rounds: Rounds) -> bool:
-    return any(block.get("name") == "look" for block in _blocks(rounds, "tool"))
+    return any(isinstance(given.get("deep"), bool) for given in _calls(rounds))
+
+
+def _wrong_call(rounds: Rounds) -> str:
+    if _calls(rounds):
+        return "the model called a tool without the arguments that it needs"
+    return "the model was to call a tool, and did not"
 
 
 def _has_json(rounds: Rounds) -> bool:
@@ -379,7 +391,7 @@ _WRONG: Final[Mapping[str, Callable[[Rounds], str]]] = {
         f"{_counted(rounds)} tokens were counted, and the call used"
         f" {_used(rounds)}: conversations are compacted too late or too early"
     ),
-    "tool": lambda _: "the model was to call a tool, and did not",
+    "tool": _wrong_call,
     "schema": lambda _: "the answer does not fit its schema",
 }
 

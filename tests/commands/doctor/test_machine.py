@@ -83,6 +83,15 @@ def test_nobody() -> None:
     assert found is not None
 
 
+@pytest.mark.parametrize(
+    ("host", "is_here"),
+    [("127.0.0.1", True), ("192.0.2.1", False), ("no.such.host.invalid", False)],
+)
+def test_an_address(host: str, is_here: bool) -> None:
+    """Whether it is one of this machine shows who tries to listen there."""
+    assert Machine().has_address(host) is is_here
+
+
 def test_time_that_is_up() -> None:
     """Past its end nothing is asked."""
     with saying() as url:

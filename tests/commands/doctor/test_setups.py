@@ -14,7 +14,7 @@ from gateway.commands.doctor.finding import Finding
 from gateway.commands.doctor.machine import Listener, Reply
 from gateway.config import load
 from gateway.policy.calls import KINDS
-from tests.commands.doctor.world import GATEWAY, MAIN, World, follow, gguf_file, look, of
+from tests.commands.doctor.world import GATEWAY, MAIN, VERSION, World, follow, gguf_file, look, of
 
 OTHER = Listener("python3", 4711, ("python3", "-m", "http.server"))
 
@@ -85,6 +85,12 @@ def _no_folder(world: World) -> None:
     world.config["gateway"]["state_dir"] = str(world.at / "file")
 
 
+def _elsewhere(world: World, **gateway: str) -> None:
+    listen = f"tcp:{GATEWAY}:interface=192.0.2.1"
+    world.config["gateway"].update(listen=listen, token="secret", **gateway)
+    world.token, world.addresses = "secret", {"127.0.0.1"}
+
+
 def _itself(world: World) -> None:
     world.unsupervised("--ctx-size", "65536")
     world.config["tier.main"]["url"] = f"http://127.0.0.1:{GATEWAY}"
@@ -121,6 +127,30 @@ SETUPS = {
         "has other tiers than",
         "Restart the gateway with this configuration",
         lambda world: world.tier.clear(),
+    ),
+    "an address of another machine": Setup(
+        _elsewhere,
+        "gateway",
+        "problem",
+        "192.0.2.1 is no address of this machine",
+        'listen = "tcp:40000:interface=127.0.0.1"',
+    ),
+    "an address of another machine, behind a proxy": Setup(
+        lambda world: _elsewhere(world, url="http://proxy.example:80"),
+        "gateway",
+        "problem",
+        "192.0.2.1 is no address of this machine",
+        'listen = "tcp:40000:interface=127.0.0.1"',
+        lambda world: world.config["gateway"].update(
+            listen=f"tcp:{GATEWAY}:interface=127.0.0.1", url=f"http://127.0.0.1:{GATEWAY}"
+        ),
+    ),
+    "a gateway of another version": Setup(
+        lambda world: setattr(world, "release", "0.0.1"),
+        "gateway",
+        "warning",
+        f"claudegw 0.0.1 runs at http://127.0.0.1:{GATEWAY}, and {VERSION} is installed",
+        "Stop it and start it again: `twistd -n claudegw",
     ),
     "a tier that is the gateway itself": Setup(
         _itself,
@@ -491,7 +521,7 @@ def test_a_server_is_shown_its_key(
 
 def test_a_tier_at_work_gets_no_work(world: World) -> None:
     """While a call is under way no other is sent behind it."""
-    world.says["/status"] = Reply(200, {"version": "1", "tiers": {"main": {"running": 1}}})
+    world.says["/status"] = Reply(200, {"version": VERSION, "tiers": {"main": {"running": 1}}})
     [found] = of(look(world), "main.round-trip")
     assert (found.status, "at work" in found.found) == ("skipped", True)
 
@@ -499,7 +529,7 @@ def test_a_tier_at_work_gets_no_work(world: World) -> None:
 def test_advice_of_the_gateway_is_passed_on(world: World) -> None:
     """What /status advises is said in its own words."""
     cache = {"cache": {"advice": ["It lost prompts."]}}
-    world.says["/status"] = Reply(200, {"version": "1", "tiers": {"main": cache}})
+    world.says["/status"] = Reply(200, {"version": VERSION, "tiers": {"main": cache}})
     assert of(look(world), "main.flags")[0].found == "It lost prompts."
 
 
@@ -516,6 +546,15 @@ def test_a_model_that_calls_no_tool(world: World) -> None:
     found = of(look(world), "main.round-trip")
     said = {each.found.partition(":")[0]: each.status for each in found}
     assert said == {"count": "problem", "tool": "warning", "schema": "problem"}
+
+
+@pytest.mark.parametrize("given", [{}, {"deep": "yes"}, None, "{}"])
+def test_a_tool_that_is_called_wrongly(world: World, given: object) -> None:
+    """A call without the arguments that the tool needs is none that can be run."""
+    world.gives = given
+    [found] = of(look(world), "main.round-trip")
+    assert (found.status, found.remedy[:25]) == ("warning", "Use a model that was trai")
+    assert found.found == "tool: the model called a tool without the arguments that it needs"
 
 
 def test_a_server_of_somebody_else_needs_no_folder_for_slots(world: World) -> None:

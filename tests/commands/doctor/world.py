@@ -11,6 +11,7 @@ import json
 import re
 import shlex
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,6 +29,7 @@ Json = Any
 ROOT: Final = Path(__file__).parents[3]
 
 GATEWAY: Final = 9090
+VERSION: Final = version("claudegw")
 MAIN: Final = 8080
 FREE: Final = 40_000
 
@@ -63,6 +65,9 @@ class World(Machine):
         says: what servers and models say instead, by path.
         tier: what the gateway says of its main tier.
         went: the tier that answers a call.
+        gives: arguments of the tool that the model calls.
+        release: the version of the running gateway.
+        addresses: of this machine; None for any.
         room: bytes free on the disk.
     """
 
@@ -81,6 +86,9 @@ class World(Machine):
     says: dict[str, Reply] = attrs.field(factory=dict)
     tier: dict[str, Json] = attrs.field(factory=dict)
     went: str = "main"
+    gives: Json = attrs.field(factory=lambda: {"deep": True})
+    release: str = VERSION
+    addresses: set[str] | None = None
     room: int = 10**12
     client: str = "2.1.330 (Claude Code)"
 
@@ -138,11 +146,14 @@ class World(Machine):
     def listener(self, host: str, port: int) -> Listener | None:
         if port in self.others:
             return self.others[port]
-        if port == self._port("gateway", "listen") and self.running:
+        if port == self._port("gateway", "listen") and self.running and self.has_address(host):
             return Listener("twistd", 7, ("twistd",))
         if port == self._port("tier.main", "url") and self._server is not None:
             return Listener("llama-server", 8, tuple(self._server))
         return None
+
+    def has_address(self, host: str) -> bool:
+        return self.addresses is None or host in self.addresses
 
     def free_port(self) -> int:
         return FREE
@@ -215,7 +226,11 @@ class World(Machine):
     def _gateway(self, path: str, body: Json) -> Reply:
         if path == "/status":
             return Reply(
-                200, {"version": "1", "tiers": {"main": {"running": 0, "cache": {}, **self.tier}}}
+                200,
+                {
+                    "version": self.release,
+                    "tiers": {"main": {"running": 0, "cache": {}, **self.tier}},
+                },
             )
         if path == "/v1/messages/count_tokens":
             return Reply(200, {"input_tokens": 12 + self.miscounts})
@@ -223,7 +238,7 @@ class World(Machine):
             return Reply(404, {"error": {"message": f"There is no {path} here."}})
         content: Json = {"type": "text", "text": '{"ok": true}'}
         if "tools" in body:
-            content = {"type": "tool_use", "name": "look", "input": {}}
+            content = {"type": "tool_use", "name": "look", "input": self.gives}
         usage = {"input_tokens": 10, "cache_read_input_tokens": 2, "output_tokens": 3}
         said = {"content": [content], "usage": usage}
         return Reply(200, said, headers={"x-claudegw-tier": self.went})
@@ -281,7 +296,7 @@ def _run(words: list[str], world: World) -> None:
     match words:
         case ["twistd", *_]:
             assert words == ["twistd", "-n", "claudegw", "--config", str(world.path)]
-            world.running = True
+            world.running, world.release = True, VERSION
         case ["llama-server", "--model", "FILE", "--port", port, *flags]:
             assert port == str(MAIN)
             world.server, world.flags = True, [*world.flags, *flags]
