@@ -1,18 +1,18 @@
 """
-What a client says to a gateway, written down.
+What a client says to a gateway, or a gateway to its server, written down.
 
-A `Recorder` stands between the two, hands every byte on as it comes, and notes each request and the
-head of its answer.  Nothing of what it notes may be committed as it is: `tests.redacted` makes
-fixtures of it.
+A `Recorder` stands between the two, hands on what it hears, and notes each request and the head of
+its answer; who asks it to may do something when a request comes, or keep its answer back.  Nothing
+of what it notes may be committed as it is: `tests.redacted` makes fixtures of it.
 """
 
 from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from threading import Lock, Thread
+from threading import Event, Lock, Thread
 from typing import Any, Final
 
 import attrs
@@ -60,36 +60,6 @@ class Heard:
         return self.path.partition("?")[0] == "/v1/messages/count_tokens"
 
 
-@attrs.define(eq=False)
-class _Line:
-    """One connection: what the client asked for on it, and how much of the answers is known."""
-
-    recorder: Recorder
-    asked: bytearray = attrs.field(factory=bytearray)
-    answered: bytearray = attrs.field(factory=bytearray)
-    waiting: list[Heard] = attrs.field(factory=list)
-
-    def ask(self, data: bytes) -> None:
-        """The client says something."""
-        self.asked += data
-        while (taken := _request(bytes(self.asked))) is not None:
-            size, (method, path, headers, body) = taken
-            del self.asked[:size]
-            self.answered.clear()
-            self.waiting.append(self.recorder.note(method, path, headers, body))
-
-    def answer(self, data: bytes) -> None:
-        """The gateway says something; only the heads of answers are of interest."""
-        if not self.waiting:
-            return
-        self.answered += data
-        head, found, _ = bytes(self.answered).partition(_END)
-        if found:
-            heard = self.waiting.pop(0)
-            first, heard.answer = _head(head)
-            heard.status = int(first.split(" ")[1])
-
-
 def _head(head: bytes) -> tuple[str, dict[str, str]]:
     """The first line, and the headers."""
     first, *lines = head.decode("latin-1").split("\r\n")
@@ -114,13 +84,20 @@ def _request(data: bytes) -> tuple[int, tuple[str, str, dict[str, str], bytes]] 
 @attrs.define(eq=False)
 class Recorder:
     """
-    Stands before the gateway at `gateway_port` of 127.0.0.1, while `listening` is entered.
+    Stands before a gateway, or a server, at the port `behind` of 127.0.0.1.
 
     Attributes:
+        before: told of each request before it goes on; it does not, and is left without an answer,
+            where this says so by False.
+        instead: told of each request that has gone on, whose answer waits meanwhile; may give what
+            the client gets in its place before it is hung up on, as is who stands behind.
         heard: every request, in the order in which they were whole.
+        port: where it listens.
     """
 
-    gateway_port: int
+    behind: int
+    before: Callable[[Heard], bool] = lambda _: True
+    instead: Callable[[Heard], bytes | None] = lambda _: None
     heard: list[Heard] = attrs.field(factory=list, init=False)
     port: int = attrs.field(default=0, init=False)
     _began: float = attrs.field(factory=time.monotonic, init=False)
@@ -135,6 +112,11 @@ class Recorder:
         """The calls to a model."""
         return [heard for heard in list(self.heard) if heard.is_message]
 
+    @property
+    def now(self) -> float:
+        """Seconds since it was made."""
+        return time.monotonic() - self._began
+
     @contextmanager
     def listening(self) -> Iterator[Recorder]:
         """Listen on a free port."""
@@ -144,15 +126,14 @@ class Recorder:
             try:
                 yield self
             finally:
-                with suppress(OSError):
-                    door.shutdown(socket.SHUT_RDWR)
+                _shut(door)
 
     def note(self, method: str, path: str, headers: Mapping[str, str], body: bytes) -> Heard:
         """Write a request down."""
         kept = {name: value for name, value in headers.items() if name not in CREDENTIALS}
         parsed = orjson.loads(body) if body else None
         with self._lock:
-            heard = Heard(method, path, kept, parsed, time.monotonic() - self._began)
+            heard = Heard(method, path, kept, parsed, self.now)
             self.heard.append(heard)
         return heard
 
@@ -164,27 +145,74 @@ class Recorder:
 
     def _meet(self, client: socket.socket) -> None:
         """One connection of a client, to its end."""
-        line = _Line(self)
-        with client:
-            try:
-                gateway = socket.create_connection(("127.0.0.1", self.gateway_port))
-            except OSError:
-                return
-            with gateway:
-                for end in (client, gateway):
-                    end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                back = Thread(target=_hand_on, args=(gateway, client, line.answer), daemon=True)
-                back.start()
-                _hand_on(client, gateway, line.ask)
-                back.join()
+        with client, suppress(OSError), socket.create_connection(("127.0.0.1", self.behind)) as end:
+            for each in (client, end):
+                each.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            line = _Line(self, client, end)
+            back = Thread(target=line.answers, daemon=True)
+            back.start()
+            line.asks()
+            back.join()
 
 
-def _hand_on(source: socket.socket, sink: socket.socket, note: Any) -> None:
-    """All that comes from `source`, to `sink`; when one of them goes, so does the other."""
-    with suppress(OSError):
-        while data := source.recv(_CHUNK):
-            note(data)
-            sink.sendall(data)
-    for end in (source, sink):
+@attrs.define(eq=False)
+class _Line:
+    """One connection: what the client asked for on it, and how much of the answers is known."""
+
+    recorder: Recorder
+    client: socket.socket
+    server: socket.socket
+    waiting: list[Heard] = attrs.field(factory=list)
+    flows: Event = attrs.field(factory=Event)
+
+    def __attrs_post_init__(self) -> None:
+        self.flows.set()
+
+    def asks(self) -> None:
+        """Each request of the client, to its end."""
+        asked = b""
         with suppress(OSError):
+            while data := self.client.recv(_CHUNK):
+                asked += data
+                while (taken := _request(asked)) is not None:
+                    size, request = taken
+                    heard = self.recorder.note(*request)
+                    if self.recorder.before(heard):
+                        self._ask(asked[:size], heard)
+                    asked = asked[size:]
+        _shut(self.client, self.server)
+        self.flows.set()
+
+    def _ask(self, asked: bytes, heard: Heard) -> None:
+        self.waiting.append(heard)
+        self.flows.clear()
+        self.server.sendall(asked)
+        instead = self.recorder.instead(heard)
+        if instead is not None:
+            _shut(self.server)
+            self.client.sendall(instead)
+            _shut(self.client)
+        self.flows.set()
+
+    def answers(self) -> None:
+        """All that comes back; only the heads of answers are of interest."""
+        answered = b""
+        with suppress(OSError):
+            while data := self.server.recv(_CHUNK):
+                self.flows.wait()
+                if self.waiting:
+                    answered += data
+                    head, found, _ = answered.partition(_END)
+                    if found:
+                        heard, answered = self.waiting.pop(0), b""
+                        first, heard.answer = _head(head)
+                        heard.status = int(first.split(" ")[1])
+                self.client.sendall(data)
+        self.flows.wait()
+        _shut(self.client, self.server)
+
+
+def _shut(*ends: socket.socket) -> None:
+    for end in ends:
+        with suppress(OSError):  # closing alone would not wake who reads it
             end.shutdown(socket.SHUT_RDWR)

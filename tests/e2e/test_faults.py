@@ -30,9 +30,9 @@ import psutil
 import pytest
 
 from tests.e2e import scripted_server
-from tests.e2e.between import Between
 from tests.e2e.callers import ANSWERED, CUT, CUT_BEFORE, OVERLOADED, REFUSED, Caller
 from tests.e2e.clients import eventually
+from tests.e2e.recorder import Heard, Recorder
 from tests.e2e.stack import SMOLLM, Running, free_port, run_gateway, start_gateway
 
 Json = Any
@@ -66,12 +66,14 @@ class Stand:
         gateway: as it runs now.
         server_port: where the server listens.
         between: what the gateway takes for its server.
+        hangs: whether the server leaves who asks for its slots without an answer.
     """
 
     folder: Path
     gateway: Running
     server_port: int
-    between: Between
+    between: Recorder
+    hangs: bool = False
 
     @classmethod
     @contextmanager
@@ -79,7 +81,7 @@ class Stand:
         """One whose server is up; `observed`, if something is to stand before the server."""
         folder.mkdir()
         port = free_port()
-        with Between(port, word=b"GET /slots").serving() as between:
+        with Recorder(port).listening() as between:
             url = f"http://127.0.0.1:{between.port if observed else port}"
             flags = ("--ctx-size", "4096", "--batch-size", "64", "--cache-ram", "0")
             server = [sys.executable, "-m", "tests.e2e.faulty_server", str(folder / "orders")]
@@ -92,12 +94,17 @@ class Stand:
             }
             gateway = start_gateway(folder, {"main": main}, "grace = 5")
             stand = cls(folder, gateway, port, between)
+            between.before = stand.is_passed_on
             try:
                 stand.until(lambda: stand.is_ready)
                 yield stand
             finally:
-                between.hangs = False
+                stand.hangs = False
                 stand.gateway.stop()
+
+    def is_passed_on(self, heard: Heard) -> bool:
+        asks = heard.method == "GET" and heard.path.startswith("/slots")
+        return not (self.hangs and asks)
 
     # --- what it says of itself -------------------------------------------------------------------
 
@@ -260,11 +267,11 @@ def _is_bound(squatter: socket.socket, port: int) -> bool:
 
 def slots_hang(stand: Stand, pid: int) -> Well:
     """Its slots are not told any more, until another server is started in its place."""
-    stand.between.hangs = True
+    stand.hangs = True
 
     def watch() -> None:
         eventually(lambda: stand.process.get("pid") not in (pid, None), PATIENCE, 0.05)
-        stand.between.hangs = False
+        stand.hangs = False
 
     Thread(target=watch, daemon=True).start()
     return another(stand, pid)
@@ -374,7 +381,7 @@ def draining(stand: Stand, fault: Fault) -> Cell:
     well = fault.strike(stand, pid)
     assert stand.gateway.process.wait(30) == 0
     assert not psutil.pid_exists(pid)
-    stand.between.hangs = False
+    stand.hangs = False
     stand.gateway = run_gateway(stand.folder, stand.gateway.port)
     stand.until(well)
     recovery = time.monotonic() - at

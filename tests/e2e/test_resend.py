@@ -10,23 +10,18 @@ only the place that is kept for the call lets it go on where it was.  The figure
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from http.client import HTTPConnection
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Event, Thread
-from typing import Any, ClassVar, Final
+from threading import Event
+from typing import Any, Final
 
-import attrs
-import orjson
 import pytest
 
 from gateway.llama import loglines
 from gateway.llama.loglines import Released, Said
 from tests.e2e.clients import VERSIONS, Client, eventually
+from tests.e2e.recorder import Heard, Recorder
 from tests.e2e.stack import SMOLLM, Running, start_gateway, start_server
 
 Json = Any
@@ -57,105 +52,9 @@ RIVAL: Final = {
 
 #: A stream that makes the client ask again without one.
 BROKEN: Final = (
+    b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n"
     b'event: error\ndata: {"type":"error","error":{"type":"api_error","message":"It broke."}}\n\n'
 )
-
-
-# --- what hangs up --------------------------------------------------------------------------------
-
-
-@attrs.define(eq=False)
-class Cutter:
-    """
-    Stands before a gateway and keeps the first call to a model from its answer.
-
-    Attributes:
-        gateway: gets every call.
-        instead: the stream that the client gets for the first one; nothing at all if empty.
-        hang_up: to be set when the gateway is to see the first client leave.
-        asked: the body of each call to a model.
-        times: when each of them came, and between the first two, when the first was cut off.
-    """
-
-    gateway: Running
-    instead: bytes
-    hang_up: Event = attrs.field(factory=Event, init=False)
-    asked: list[Json] = attrs.field(factory=list, init=False)
-    times: list[float] = attrs.field(factory=list, init=False)
-    port: int = attrs.field(default=0, init=False)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    @contextmanager
-    def serving(self) -> Iterator[Cutter]:
-        """Listen on a free port of 127.0.0.1."""
-
-        class Ours(_Door):
-            cutter = self
-
-        with _Server(("127.0.0.1", 0), Ours) as server:
-            self.port = int(server.server_address[1])
-            listening = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-            listening.start()
-            try:
-                yield self
-            finally:
-                self.hang_up.set()
-                server.shutdown()
-                listening.join()
-
-
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that leaves is no news."""
-
-
-class _Door(BaseHTTPRequestHandler):
-    """One request on one connection."""
-
-    cutter: ClassVar[Cutter]
-
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["content-length"]))
-        gateway = HTTPConnection("127.0.0.1", self.cutter.gateway.port, timeout=PREFILL)
-        try:
-            gateway.request("POST", self.path, body, dict(self.headers))
-            if self.path.partition("?")[0] == "/v1/messages":
-                self.cutter.asked.append(orjson.loads(body))
-                self.cutter.times.append(time.monotonic())
-                if len(self.cutter.asked) == 1:
-                    self.cutter.hang_up.wait(PREFILL)
-                    gateway.close()
-                    self.cutter.times.append(time.monotonic())
-                    self._answer_instead()
-                    return
-            answer = gateway.getresponse()
-            self._begin(answer.status, str(answer.headers["content-type"]))
-            while data := answer.read1():
-                self.wfile.write(data)
-        finally:
-            gateway.close()
-
-    def do_HEAD(self) -> None:
-        self._begin(200, "text/plain")
-
-    def _answer_instead(self) -> None:
-        if self.cutter.instead:
-            self._begin(200, "text/event-stream")
-            self.wfile.write(self.cutter.instead)
-
-    def _begin(self, status: int, content_type: str) -> None:
-        """All answers end with their connection."""
-        self.send_response(status)
-        self.send_header("content-type", content_type)
-        self.end_headers()
-
-    def log_message(self, *_: object) -> None:
-        """Nobody reads it."""
 
 
 # --- what is seen ---------------------------------------------------------------------------------
@@ -211,8 +110,19 @@ def interrupted(
     Returns:
         The calls to a model as the client sent them, and the answer that it shows.
     """
-    with Cutter(gateway, instead).serving() as between, ThreadPoolExecutor(2) as pool:
-        env = {"ANTHROPIC_BASE_URL": between.url, "CLAUDE_CODE_EXTRA_BODY": ONE_SENTENCE}
+    hang_up = Event()
+    cut_off: list[float] = []
+
+    def cut(heard: Heard) -> bytes | None:
+        if heard is not next(iter(recorder.messages), None):
+            return None
+        hang_up.wait(PREFILL)
+        cut_off.append(recorder.now)
+        return instead
+
+    recorder = Recorder(gateway.port, instead=cut)
+    with recorder.listening(), ThreadPoolExecutor(2) as pool:
+        env = {"ANTHROPIC_BASE_URL": recorder.url, "CLAUDE_CODE_EXTRA_BODY": ONE_SENTENCE}
         client = Client.of(version, gateway, place, env)
         saying = pool.submit(client.say, "Which gate is open?", *OPTIONS, seconds=PREFILL)
         try:
@@ -221,14 +131,14 @@ def interrupted(
             assert eventually(lambda: line(gateway)["waiting"] == 1, 60)
             assert eventually(lambda: is_on_its_way(server), PREFILL)
         finally:
-            between.hang_up.set()
+            hang_up.set()
         said = saying.result()
         assert rival.result()[0] == 200
     figures.info("%s: %.1f s, it said %r", version, said.seconds, said.answer)
     assert said.status == 0, said
-    _, cut_off, again = between.times
-    figures.info("asked again %.1f s after it was cut off", again - cut_off)
-    return between.asked, said.answer
+    again = recorder.messages[1].at
+    figures.info("asked again %.1f s after it was cut off", again - cut_off[0])
+    return [heard.body for heard in recorder.messages], said.answer
 
 
 def assert_resumed(gateway: Running, server: Running) -> None:

@@ -13,7 +13,7 @@ import attrs
 import orjson
 import pytest
 
-from tests.e2e.between import Between
+from tests.e2e.recorder import Heard, Recorder
 from tests.e2e.stack import GLM_ORDER, SMOLLM, Running, free_port, start_gateway
 from tests.e2e.test_snapshots import body
 
@@ -30,13 +30,13 @@ class House:
     """A gateway with a server of its own, and somebody between them."""
 
     folder: Path
-    between: Between
+    between: Recorder
     gateway: Running = attrs.field(init=False)
 
     def begin(self) -> None:
         command = [
             *("python", "-m", "gateway.llama.embedded", *SMOLLM, *GLM_ORDER, "--threads", "2"),
-            *("--port", str(self.between.server_port), "--ctx-size", "8192"),
+            *("--port", str(self.between.behind), "--ctx-size", "8192"),
         ]
         main = {
             "url": f"http://127.0.0.1:{self.between.port}",
@@ -46,6 +46,17 @@ class House:
         }
         server = f"\n\n[tier.main.server]\ncommand = {orjson.dumps(command).decode()}\n"
         self.gateway = start_gateway(self.folder, {"main": main}, server)
+
+    def at_first(self, word: str, then: Callable[[], None]) -> None:
+        """Do this when such a path is asked for the first time, before the server hears of it."""
+        pending = [then]
+
+        def before(heard: Heard) -> bool:
+            if word in heard.path and pending:
+                pending.pop()()
+            return True
+
+        self.between.before = before
 
     def ask(self) -> tuple[str, int, int]:
         """What is answered, the tokens that were evaluated, and those that were cached."""
@@ -79,7 +90,7 @@ class House:
 
 @pytest.fixture
 def house(tmp_path: Path) -> Iterator[House]:
-    with Between(free_port()).serving() as between:
+    with Recorder(free_port()).listening() as between:
         house = House(tmp_path, between)
         house.begin()
         yield house
@@ -113,8 +124,7 @@ def test_a_server_that_is_killed_meanwhile_costs_a_prefill_at_most(
     cold, _, _ = house.ask()
     if action == "restore":
         house.until_saved()
-    house.between.then = lambda: os.kill(house.pid, signal.SIGKILL)
-    house.between.word = f"action={action}".encode()
+    house.at_first(f"action={action}", lambda: os.kill(house.pid, signal.SIGKILL))
     if action == "restore":
         os.kill(house.pid, signal.SIGKILL)
     house.until(lambda main: main["process"]["restarts"] == (1 if action == "save" else 2))
@@ -127,8 +137,7 @@ def test_a_server_that_is_killed_meanwhile_costs_a_prefill_at_most(
 def test_a_gateway_that_is_killed_while_it_saves_leaves_nothing(house: House) -> None:
     """The next one removes what is half-made, ends the old server and answers as before."""
     cold, _, _ = house.ask()
-    house.between.then = lambda: house.gateway.process.kill()  # noqa: PLW0108  # a later one
-    house.between.word = b"action=save"
+    house.at_first("action=save", house.gateway.process.kill)
     house.gateway.process.wait(60)
     house.begin()
     assert house.ask()[0] == cold
