@@ -83,7 +83,8 @@ class Options(usage.Options):
             _make_state_dir(self.loaded.gateway.state_dir)
         except ConfigError as error:
             lines = "\n  ".join(error.mistakes)
-            raise usage.UsageError(f"{self['config']} cannot be used:\n  {lines}") from None
+            # Of a UsageError twistd would say its own options first.
+            sys.exit(f"claudegw: {self['config']} cannot be used:\n  {lines}")
 
 
 def _load(path: Path) -> Config:

@@ -13,7 +13,7 @@ import pytest
 from twisted.internet.defer import Deferred
 from twisted.internet.task import deferLater
 from twisted.logger import LogEvent, LogLevel, formatEvent
-from twisted.python.usage import UsageError
+from twisted.scripts.twistd import run
 
 from gateway.config import load
 from gateway.history import FILE, last
@@ -574,6 +574,23 @@ def test_a_reload_that_cannot_be_carried_out_changes_nothing(
     assert [*estate.house.tiers] == ["main", "new"]
 
 
+def test_only_the_mistakes_are_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What twistd has to say of its own options would stand before them."""
+    path = tmp_path / "gw.toml"
+    path.write_text("[gateway]\nlsten = 1\n")
+    monkeypatch.setattr("sys.argv", ["twistd", "-n", "claudegw", "--config", str(path)])
+    with pytest.raises(SystemExit) as left:
+        run()
+    said = (
+        f"claudegw: {path} cannot be used:\n  gateway: unknown key: lsten\n"
+        "  tier.main: expected a table [tier.main]; every gateway has a main tier"
+    )
+    assert left.value.code == said
+    assert capsys.readouterr() == ("", "")
+
+
 def test_a_gateway_without_a_key_that_it_needs_does_not_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -582,7 +599,7 @@ def test_a_gateway_without_a_key_that_it_needs_does_not_start(
     path = tmp_path / "gw.toml"
     main = ELSEWHERE.replace("tier.far", "tier.main")
     path.write_text(f'[gateway]\nstate_dir = "{tmp_path}"\n{main}')
-    with pytest.raises(UsageError, match=r"tier\.main\.api_key_env: .* THEIR_KEY"):
+    with pytest.raises(SystemExit, match=r"tier\.main\.api_key_env: .* THEIR_KEY"):
         Options().parseOptions(["--config", str(path)])
 
 
