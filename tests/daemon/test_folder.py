@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 import pytest
-from twisted.python.usage import UsageError
 
 from gateway.daemon.folder import private
 from gateway.service import Options
@@ -49,5 +48,5 @@ def test_a_gateway_does_not_start_in_such_a_folder(tmp_path: Path) -> None:
     state.mkdir()
     state.chmod(0o777)
     path.write_text(f'[gateway]\nstate_dir = "{state}"\n[tier.main]\nurl = "http://h:1"\n')
-    with pytest.raises(UsageError, match=r"gateway\.state_dir: .*: chmod 700"):
+    with pytest.raises(SystemExit, match=r"gateway\.state_dir: .*: chmod 700"):
         Options().parseOptions(["--config", str(path)])
