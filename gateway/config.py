@@ -206,6 +206,10 @@ class Gateway:
         token: what clients must show; needed to listen on other addresses than loopback.
         hosts: names under which clients may address us, beside the loopback ones.
         body_limit: bytes that a request's body may have.
+        max_connections: connections that clients may have at once.
+        idle_timeout: seconds that a connection may stay without a request.
+        head_timeout: seconds that the headers of a request may take to come.
+        body_timeout: seconds that its body may take to come.
         grace: seconds that answers under way get to end when the service stops.
         start_after: seconds after which a waiting stream is begun before the model begins it.
         snapshot_budget: MiB that saved slots may have on the disk; 0 saves none.
@@ -229,6 +233,10 @@ class Gateway:
     token: str | None = attrs.field(default=None, metadata=_filled, repr=False)
     hosts: tuple[str, ...] = ()
     body_limit: int = attrs.field(default=32 * MIB, metadata=_between(1024))
+    max_connections: int = attrs.field(default=2000, metadata=_between(8, 100_000))
+    idle_timeout: float = attrs.field(default=60.0, metadata=_between(1, 86_400))
+    head_timeout: float = attrs.field(default=20.0, metadata=_between(1, 3600))
+    body_timeout: float = attrs.field(default=120.0, metadata=_between(1, 86_400))
     grace: float = attrs.field(default=30.0, metadata=_between(0, 3600))
     start_after: float = attrs.field(default=500.0, metadata=_between(1, 590))
     snapshot_budget: int = attrs.field(default=32 * 1024, metadata=_between(0))
@@ -238,12 +246,23 @@ class Gateway:
 
     @property
     def endpoint(self) -> str:
-        """`listen`, where a socket in the file system is its owner's unless a mode is said."""
+        """
+        `listen`, with what it does not say itself.
+
+        A socket in the file system is its owner's, and many may knock at the same time: one more
+        would try again only after a second.
+        """
         kind, *parts = _parts(self.listen)
-        said = [part for part in parts if "=" not in part or part.startswith("mode=")]
-        # In Twisted's order the mode is the second.
-        is_said = len(said) > 1 or any(part.startswith("mode=") for part in said)
-        return self.listen if kind != "unix" or is_said else f"{self.listen}:mode=600"
+        if is_handed_over(self.listen):
+            return self.listen
+        named = {name[1] for part in parts if (name := re.match(r"(\w+)=", part))}
+        unnamed = len(parts) - len(named)  # in Twisted's order: place, mode or interface, backlog
+        more = ""
+        if kind == "unix" and unnamed < 2 and "mode" not in named:
+            more = ":mode=600"
+        if unnamed < 3 and "backlog" not in named:
+            more += ":backlog=1024"
+        return self.listen + more
 
 
 @attrs.frozen

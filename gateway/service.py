@@ -30,6 +30,7 @@ from gateway.capture import Capture
 from gateway.changes import Changes, between
 from gateway.config import LLAMA_SERVER, MIB, Config, ConfigError, Server, load, missing_keys
 from gateway.config import Tier as Wanted
+from gateway.daemon.descriptors import allow
 from gateway.daemon.folder import private
 from gateway.daemon.log import Logged, log_file, output
 from gateway.daemon.notify import READY, notify, reloading, stopping
@@ -46,8 +47,9 @@ from gateway.policy.calls import KINDS
 from gateway.policy.order import Rank
 from gateway.remote import remote
 from gateway.tier.tier import Tier
-from gateway.web.access import Access, QuietSite, site
+from gateway.web.access import Access
 from gateway.web.api import Api
+from gateway.web.connections import SPARE, ConnectionLimits, QuietSite, site
 from gateway.wire.errors import ApiError
 from gateway.wire.pulse import Times
 
@@ -62,6 +64,13 @@ _LAST_BYTES: Final = 5.0
 
 #: Seconds that the saving of slots gets at least, when answers took the most of the grace.
 _SAVING: Final = 30.0
+
+#: Files that we have open beside the connections of clients and those to slots: logs, the ledger,
+#: pipes of servers, questions to them.
+_OWN_FILES: Final = 64
+
+#: Connections that there may be in any case.
+_FEWEST: Final = 16
 
 log = Logger()
 
@@ -148,13 +157,14 @@ class House(MultiService):
         config: what is in force.
         path: the file that it was read from.
         api: the Messages API, in front of the tiers.
+        site: the door's connections.
     """
 
     config: Config
     path: Path
     api: Api
     _reactor: Any
-    _site: QuietSite
+    site: QuietSite
     _door: Service
     _stores: _Stores
     _announcing: Deferred[None] | None = None
@@ -172,7 +182,8 @@ class House(MultiService):
         ledger = Ledger(reactor, history=history)
         dispatch = Dispatch(tiers, config.route, ledger, times, reactor)
         api = Api(dispatch, version("claudegw"))
-        factory = site(api.app.resource(), _access(config), reactor)
+        limits = _connection_limits(config, reactor)
+        factory = site(api.app.resource(), _access(config), reactor, limits)
         door = strports.service(gateway.endpoint, factory, reactor)
         return cls(config, path, api, reactor, factory, door, stores)
 
@@ -254,7 +265,8 @@ class House(MultiService):
         self.config = config
         self._stores.adopt(config.gateway.snapshot_budget * MIB)
         dispatch.rules, dispatch.times = config.route, Times(start=config.gateway.start_after)
-        self._site.access = _access(config)
+        self.site.access = _access(config)
+        self.site.adopt(_connection_limits(config, self._reactor))
         if dispatch.ledger.history is not None:
             dispatch.ledger.history.adopt(_bounds(config))
         self.api.capture = _capture(config)
@@ -337,7 +349,7 @@ class House(MultiService):
             tier.stop()
         until = self._reactor.seconds() + self.config.gateway.grace
         await self.api.drain(self.config.gateway.grace, self._reactor)
-        await self._site.hang_up(_LAST_BYTES, self._reactor)
+        await self.site.hang_up(_LAST_BYTES, self._reactor)
         left = max(_SAVING, until - self._reactor.seconds())
         await gatherResults([Deferred.fromCoroutine(tier.cache.rest(left)) for tier in tiers])
         children = [tier.child for tier in tiers if tier.child is not None]
@@ -348,6 +360,20 @@ class House(MultiService):
 def _access(config: Config) -> Access:
     gateway = config.gateway
     return Access(gateway.token, gateway.hosts, gateway.body_limit)
+
+
+def _connection_limits(config: Config, reactor: Any) -> ConnectionLimits:
+    """What connections get, and as many of them as this process may have."""
+    gateway = config.gateway
+    ours = _OWN_FILES + 2 * sum(tier.slots for tier in config.tier.values())
+    most = max(allow(gateway.max_connections + SPARE + ours, reactor) - SPARE - ours, _FEWEST)
+    if most < gateway.max_connections:
+        log.warn(
+            "no more than {most} connections: the process may have no more open files (ulimit -n)",
+            most=most,
+        )
+    most = min(most, gateway.max_connections)
+    return ConnectionLimits(most, gateway.idle_timeout, gateway.head_timeout, gateway.body_timeout)
 
 
 def _bounds(config: Config) -> Bounds:

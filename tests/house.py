@@ -20,7 +20,7 @@ from twisted.internet.task import Clock
 from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
 from twisted.web.resource import Resource
-from twisted.web.server import NOT_DONE_YET, Request, Site
+from twisted.web.server import NOT_DONE_YET, Request
 
 from gateway.config import RouteRule
 from gateway.config import Tier as TierConfig
@@ -28,8 +28,9 @@ from gateway.dispatch import Dispatch
 from gateway.ledger import Ledger
 from gateway.llama.client import LlamaClient
 from gateway.tier.tier import Tier
-from gateway.web.access import Access, site
+from gateway.web.access import Access
 from gateway.web.api import Api
+from gateway.web.connections import ConnectionLimits, QuietSite, site
 from gateway.wire.pulse import Times
 
 CLAUDE_CODE = {"user-agent": "claude-cli/2.1.330 (external, cli)"}
@@ -241,7 +242,11 @@ class Wire(StringTransport):
     """A connection whose other end is the test."""
 
     aborted = False
+    finished = False
     protocol: Any = None
+
+    def loseWriteConnection(self) -> None:
+        self.finished = True
 
     def abortConnection(self) -> None:
         self.aborted = True
@@ -271,6 +276,10 @@ class Browser:
         lines = {"host": "localhost:9090", **named}
         head = "".join(f"{key}: {value}\r\n" for key, value in lines.items())
         self.send(f"{method} {path} HTTP/1.1\r\n{head}\r\n".encode())
+
+    def half_close(self) -> None:
+        """Send no more, and go on reading."""
+        self.protocol.readConnectionLost()
 
     def leave(self) -> None:
         self.protocol.connectionLost(Failure(ConnectionDone()))
@@ -335,7 +344,7 @@ class Household:
     main: FakeLlama
     small: FakeLlama
     api: Api
-    _site: Site
+    site: QuietSite
     _agents: list[RequestTraversalAgent]
 
     @classmethod
@@ -346,6 +355,7 @@ class Household:
         hosts: Sequence[str] = (),
         body_limit: int = 32 * 1024 * 1024,
         rules: Sequence[RouteRule] = (),
+        limits: ConnectionLimits | None = None,
         main: FakeLlama | None = None,
         small: FakeLlama | None = None,
         **tier: Any,
@@ -367,12 +377,12 @@ class Household:
             tiers[name].start()
         dispatch = Dispatch(tiers, tuple(rules), Ledger(clock), Times(), clock)
         api = Api(dispatch, "0")
-        door = site(api.app.resource(), Access(token, hosts, body_limit), clock)
+        door = site(api.app.resource(), Access(token, hosts, body_limit), clock, limits)
         return cls(clock, servers["main"], servers["small"], api, door, agents)
 
     def browser(self) -> Browser:
         """A new connection."""
-        protocol, wire = self._site.buildProtocol(None), Wire()
+        protocol, wire = self.site.buildProtocol(None), Wire()
         wire.protocol = protocol
         protocol.makeConnection(wire)
         return Browser(protocol, wire)

@@ -98,7 +98,14 @@ def test_a_command_waits_with_the_address_that_belongs_to_it() -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("body_limit", 2048), ("grace", 1.0), ("start_after", 5.0), ("hosts", ("gw.example",))],
+    [
+        ("body_limit", 2048),
+        ("max_connections", 9),
+        ("head_timeout", 3.0),
+        ("grace", 1.0),
+        ("start_after", 5.0),
+        ("hosts", ("gw.example",)),
+    ],
 )
 def test_what_the_door_takes_at_once(key: str, value: Any) -> None:
     """Its bounds, its times and its names."""

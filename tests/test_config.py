@@ -53,6 +53,8 @@ def test_the_least_that_works() -> None:
     assert gateway.listen == "tcp:9090:interface=127.0.0.1"
     assert gateway.body_limit == 32 * 1024 * 1024
     assert (gateway.token, gateway.hosts, gateway.grace) == (None, (), 30)
+    assert (gateway.max_connections, gateway.idle_timeout) == (2000, 60)
+    assert (gateway.head_timeout, gateway.body_timeout) == (20, 120)
     assert config.route == ()
 
 
@@ -67,6 +69,10 @@ def test_every_key_is_read() -> None:
         token = "{SECRET}"
         hosts = ["studio.local", "10.0.0.7"]
         body_limit = 4096
+        max_connections = 50
+        idle_timeout = 5
+        head_timeout = 2.5
+        body_timeout = 9
         grace = 1
         [tier.main]
         url = "unix:/run/llama.sock"
@@ -95,6 +101,8 @@ def test_every_key_is_read() -> None:
     assert gateway.token == SECRET
     assert gateway.hosts == ("studio.local", "10.0.0.7")
     assert (gateway.body_limit, gateway.grace) == (4096, 1.0)
+    assert (gateway.max_connections, gateway.idle_timeout) == (50, 5.0)
+    assert (gateway.head_timeout, gateway.body_timeout) == (2.5, 9.0)
     assert (main.url, main.slots, main.api_key) == ("unix:/run/llama.sock", 3, SECRET)
     assert (main.max_waiting, main.answer_tokens, main.schema_tokens) == (5, 100, 200)
     assert main.server is not None
@@ -175,6 +183,7 @@ def test_every_mistake_is_said_at_once_with_its_key() -> None:
         (f'{MAIN}api_key = ""', "tier.main.api_key: expected something"),
         (f'{MAIN}Slots = 1\nurls = ""', "tier.main: unknown key: Slots, urls"),
         (f"{MAIN}[gateway]\nbody_limit = 1023", "gateway.body_limit: expected at least 1024"),
+        (f"{MAIN}[gateway]\nmax_connections = 7", "gateway.max_connections: expected between 8"),
         (f"{MAIN}[gateway]\ngrace = -1", "gateway.grace: expected between 0 and 3600"),
         (f"{MAIN}[gateway]\ngrace = nan", "gateway.grace: expected between 0 and 3600"),
         (f'{MAIN}[gateway]\ntoken = ""', "gateway.token: expected something"),
@@ -489,17 +498,18 @@ def test_a_key_in_the_environment(
 @pytest.mark.parametrize(
     ("listen", "endpoint"),
     [
-        ("tcp:9090:interface=127.0.0.1", "tcp:9090:interface=127.0.0.1"),
+        ("tcp:9090:interface=127.0.0.1", "tcp:9090:interface=127.0.0.1:backlog=1024"),
+        ("tcp:9090:127.0.0.1:5", "tcp:9090:127.0.0.1:5"),
         ("systemd:domain=UNIX:index=0", "systemd:domain=UNIX:index=0"),
-        ("unix:/run/gw.sock", "unix:/run/gw.sock:mode=600"),
+        ("unix:/run/gw.sock", "unix:/run/gw.sock:mode=600:backlog=1024"),
         ("unix:address=/run/gw.sock:backlog=9", "unix:address=/run/gw.sock:backlog=9:mode=600"),
-        (r"unix:/run/a\:mode\=666", r"unix:/run/a\:mode\=666:mode=600"),
-        ("unix:/run/gw.sock:mode=660", "unix:/run/gw.sock:mode=660"),
-        ("unix:/run/gw.sock:660", "unix:/run/gw.sock:660"),
+        (r"unix:/run/a\:mode\=666", r"unix:/run/a\:mode\=666:mode=600:backlog=1024"),
+        ("unix:/run/gw.sock:mode=660", "unix:/run/gw.sock:mode=660:backlog=1024"),
+        ("unix:/run/gw.sock:660", "unix:/run/gw.sock:660:backlog=1024"),
     ],
 )
-def test_a_socket_in_the_file_system_is_its_owners(listen: str, endpoint: str) -> None:
-    """Unless a mode is said; Twisted would let in everybody."""
+def test_a_socket_is_its_owners_and_many_may_knock(listen: str, endpoint: str) -> None:
+    """Unless it says otherwise; Twisted would let in everybody, and fifty at the same time."""
     assert Gateway(listen=listen).endpoint == endpoint
 
 

@@ -26,6 +26,7 @@ from gateway.service import House, Options
 from gateway.tier.cache import Cache
 from gateway.tier.line import Permit, Ticket
 from gateway.upstream import Health, Props
+from gateway.web.connections import ConnectionLimits
 from gateway.wire.errors import ApiError
 from tests.llama.test_child import FakeProcess, ProcessReactor
 
@@ -627,3 +628,12 @@ def test_a_key_that_comes_with_a_reload_is_withheld_from_then_on(
     estate.reactor.advance(60)
     assert len(estate.started("main")) == 2
     assert "THEIR_KEY" not in estate.process("main").env
+
+
+def test_connections_are_bounded_as_the_file_says(estate: Estate) -> None:
+    """From the start on, and by what it says later."""
+    estate.stands(tier("main"))
+    assert estate.house.site.limits.most == 2000
+    keys = "max_connections = 100\nidle_timeout = 5\nhead_timeout = 2\nbody_timeout = 3\n"
+    estate.reads(keys, tier("main"))
+    assert estate.house.site.limits == ConnectionLimits(100, 5.0, 2.0, 3.0)

@@ -344,10 +344,28 @@ class Line:
             if self._places:
                 now = self._reactor.seconds()
                 index = order.next_to_go(self._places, self._held, now, self.ageing)
-                if self._places[index].turn is not None:
+                if self._places[index].turn is None:
+                    index = self._behind_kept(now)
+                if index >= 0:
                     return self._places.pop(index)
             self._change = Deferred()
             await self._change
+
+    def _behind_kept(self, now: float) -> int:
+        """Who goes, as there is a slot for each place before it that is kept; -1 for nobody."""
+        free = self._semaphore.tokens  # beside the one that is to be given now
+        for index in order.in_order(self._places, self._held, now, self.ageing):
+            if self._places[index].turn is not None:
+                return index
+            if free == 0:
+                return -1
+            free -= 1
+        return -1
+
+    def _release(self) -> None:
+        """A slot is idle; also who has a free one and waits for another wants to know."""
+        self._semaphore.release()
+        self._wake()
 
     def _wake(self) -> None:
         """The line is another one now."""
@@ -362,7 +380,7 @@ class Line:
             took = self._reactor.seconds() - began
             self._pace = took if not self._pace else self._pace * _FADING + took * (1 - _FADING)
             self._running -= 1
-            self._semaphore.release()
+            self._release()
 
         return Permit(give_back, self._settle, self._settled, lambda: self._keep(place))
 
@@ -371,7 +389,7 @@ class Line:
     def _settle(self, permit: Permit) -> None:
         self._running -= 1
         if self._down is not None:
-            self._semaphore.release()
+            self._release()
             return
         self._settling += 1
         self._leaving.add(permit)
@@ -386,7 +404,7 @@ class Line:
         self._leaving.discard(permit)
         if len(self._leaving) < self._settling:
             self._settling -= 1
-            self._semaphore.release()
+            self._release()
             if not self._settling and self._asking is not None:
                 self._asking.cancel()
 
@@ -399,7 +417,7 @@ class Line:
                 idle = await self._idle(known)
                 for _ in range(min(idle, self._settling)):
                     self._settling -= 1
-                    self._semaphore.release()
+                    self._release()
                 if not self._settling:
                     self._leaving.clear()
                     return

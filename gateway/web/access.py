@@ -4,7 +4,7 @@ Who may come in, and how large.
 Every request is checked before anything else sees it, by `Access.refusal`: a pure function of its
 path and headers.  A web page that reaches loopback by a name of its own (DNS rebinding) is stopped
 by the ``Host`` check, a body that is too large by `BoundedRequest`, which never holds more than the
-limit.
+limit.  How long a request may take to come, and how many may come, `gateway.web.connections` says.
 """
 
 from __future__ import annotations
@@ -14,26 +14,29 @@ from base64 import b64decode
 from collections.abc import Collection, Mapping
 from io import BytesIO
 from ipaddress import ip_address
-from typing import Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote_to_bytes, urlsplit
 from uuid import uuid4
 
 import attrs
 import orjson
-from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import IReactorTime
-from twisted.internet.protocol import connectionDone
-from twisted.python.failure import Failure
-from twisted.web.http import HTTPChannel
-from twisted.web.server import Request, Site
+from twisted.web.server import Request
 
 from gateway.wire import completions
-from gateway.wire.errors import ApiError, invalid
+from gateway.wire.errors import ApiError, down, invalid
+
+if TYPE_CHECKING:
+    from gateway.web.connections import PoliteChannel
 
 _LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 #: A body that is longer than this many times the limit is not even read to its end.
 _HARD: Final = 4
+
+#: Pieces that a body may come in whatever their size, and bytes that they must have beyond that, on
+#: average: a chunk takes the same time whether it has one byte or a thousand.
+_PIECES: Final = 1024
+_PIECE: Final = 16
 
 #: Headers that we look at, and that must come at most once.
 _ONCE: Final = (b"host", b"authorization", b"x-api-key", b"content-length")
@@ -131,20 +134,20 @@ def _password(authorization: str) -> str:
         return ""
 
 
-def _place(origin: str) -> str:
-    """The host of an origin, in lower case, with its port; "" where nothing can be read there."""
-    try:
-        return urlsplit(origin).netloc.lower()
-    except ValueError:
-        return ""
-
-
 def _is_address(host: str) -> bool:
     try:
         ip_address(host.strip("[]"))
     except ValueError:
         return False
     return True
+
+
+def _place(origin: str) -> str:
+    """The host and the port of an origin; "-", which nobody is called, where it is none."""
+    try:
+        return urlsplit(origin).netloc.lower() or "-"
+    except ValueError:
+        return "-"
 
 
 def _without_port(host: str) -> str:
@@ -156,30 +159,41 @@ class BoundedRequest(Request):
     """
     A request that is checked when all of it is there, and whose body stays within the limit.
 
-    A refusal has to wait for the end of the body: an answer before that would be lost with the
-    connection, since the client is still sending.
+    A refusal waits for the end of the body: an answer before that could be lost with the
+    connection, since the client is still sending.  A client that asks first (``Expect``), or that
+    sends far too much, is told at once.
     """
 
     access: Access
+    channel: PoliteChannel
     length = 0
+    pieces = 0
 
-    def __init__(self, channel: HTTPChannel, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, channel: PoliteChannel, *args: Any, **kwargs: Any) -> None:
         super().__init__(channel, *args, **kwargs)
         self.request_id = f"req_{uuid4().hex}"
         self.defaultContentType = None
 
     def gotLength(self, length: int | None) -> None:
+        """All headers are there; raises ApiError where nothing more is wanted."""
         self.content = BytesIO()
-        if length is not None and length > self.access.body_limit * _HARD:
-            self.channel.forceAbortClient()
+        limit = self.access.body_limit
+        if not self.requestHeaders.hasHeader(b"expect"):
+            limit *= _HARD
+        if length is not None and length > limit:
+            raise self._too_large()
 
     def handleContentChunk(self, data: bytes) -> None:
+        """A piece of the body is there; raises ApiError where nothing more is wanted."""
         self.length += len(data)
+        self.pieces += 1
         if self.length <= self.access.body_limit:
             assert self.content is not None
             self.content.write(data)
         elif self.length > self.access.body_limit * _HARD:
-            self.channel.forceAbortClient()
+            raise self._too_large()
+        if self.pieces > _PIECES and self.length < self.pieces * _PIECE:
+            raise invalid("The body comes in too many pieces of a few bytes.")
 
     def header_values(self) -> dict[str, str]:
         """The headers, names in lower case, each with its last value."""
@@ -196,12 +210,12 @@ class BoundedRequest(Request):
             refuse(self, error)
 
     def _mistake(self) -> ApiError | None:
-        limit = self.access.body_limit
-        if self.length > limit:
-            return ApiError(
-                "request_too_large",
-                f"The body has {self.length} bytes; this gateway takes {limit}.",
+        if self.channel.is_one_too_many:
+            return down(
+                "As many calls are under way as may be (max_connections in [gateway]); try again."
             )
+        if self.length > self.access.body_limit:
+            return self._too_large()
         for name in _ONCE:
             if len(self.requestHeaders.getRawHeaders(name, [])) > 1:
                 return invalid(f"The header {name.decode()} stands there more than once.")
@@ -211,7 +225,24 @@ class BoundedRequest(Request):
             unquote_to_bytes(path).decode("utf-8")
         except UnicodeDecodeError:
             return invalid("The request line has characters that are not ASCII, or no UTF-8.")
-        return self.access.refusal(path, self.header_values())
+        headers = self.header_values()
+        return self.access.refusal(path, headers) or self._unknown(path, headers)
+
+    def _unknown(self, path: str, headers: Mapping[str, str]) -> ApiError | None:
+        """What we do not have, although what is below would not mind."""
+        if not path.startswith("/") or path.startswith("//"):
+            return nothing_there(self)
+        encoding = headers.get("content-encoding", "identity").lower()
+        if encoding not in ("", "identity"):
+            # Nothing is ever unpacked here: a few bytes may be made to become any number of them.
+            message = f"A body in the encoding {encoding[:50]!r} is not taken; send it plain."
+            return attrs.evolve(invalid(message), status=415)
+        return None
+
+    def _too_large(self) -> ApiError:
+        limit = self.access.body_limit
+        has = f"has {self.length}" if self.length > limit else f"would have more than {limit}"
+        return ApiError("request_too_large", f"The body {has} bytes; this gateway takes {limit}.")
 
 
 def refuse(request: Request, error: ApiError) -> None:
@@ -219,6 +250,13 @@ def refuse(request: Request, error: ApiError) -> None:
     body = write_error(request, error)
     request.write(body)
     request.finish()
+
+
+def nothing_there(request: Request) -> ApiError:
+    """What `request` asks for is not here."""
+    path = request.path.decode("ascii", "replace")[:100]
+    method = request.method.decode("ascii", "replace")[:20]
+    return ApiError("not_found_error", f"There is no {method} {path} here.")
 
 
 def speaks_openai(request: Request) -> bool:
@@ -247,87 +285,3 @@ def write_error(request: Request, error: ApiError) -> bytes:
     body = orjson.dumps(envelope)
     request.setHeader(b"content-length", b"%d" % len(body))
     return body
-
-
-class PoliteChannel(HTTPChannel):
-    """A connection on which also what is no HTTP gets an answer in our words."""
-
-    def connectionMade(self) -> None:
-        super().connectionMade()
-        self.factory.connections.add(self)
-
-    def connectionLost(self, reason: Failure = connectionDone) -> None:
-        super().connectionLost(reason)
-        self.factory.gone(self)
-
-    def _respondToBadRequestAndDisconnect(self) -> None:  # noqa: N802  # Twisted's name
-        """Twisted's place for all that it cannot read; its own answer has no body."""
-        identity = f"req_{uuid4().hex}"
-        error = invalid("The request is no HTTP that can be read; see its first line and headers.")
-        body = orjson.dumps(error.envelope(identity))
-        head = (
-            "HTTP/1.1 400 Bad Request\r\n"
-            f"request-id: {identity}\r\n"
-            "content-type: application/json\r\n"
-            f"content-length: {len(body)}\r\n"
-            "connection: close\r\n\r\n"
-        )
-        assert self.transport is not None
-        self.transport.write(head.encode() + body)
-        self.loseConnection()
-
-    def lineLengthExceeded(self, line: bytes) -> None:  # noqa: ARG002  # its length is all
-        """A header that is too long would be left without an answer."""
-        self._respondToBadRequestAndDisconnect()
-
-
-class QuietSite(Site):
-    """A site that leaves the log to the ledger."""
-
-    protocol = cast(Any, PoliteChannel)  # HTTP/1 alone, so that there is nothing to negotiate
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.connections: set[PoliteChannel] = set()
-        self.access: Access
-        self._empty: Deferred[None] | None = None
-
-    def log(self, request: Any) -> None:
-        """Nothing: each call has a line of its own."""
-
-    def gone(self, connection: PoliteChannel) -> None:
-        """A connection has ended."""
-        self.connections.discard(connection)
-        if not self.connections and self._empty is not None:
-            empty, self._empty = self._empty, None
-            empty.callback(None)
-
-    async def hang_up(self, seconds: float, reactor: IReactorTime) -> None:
-        """Close every connection, those last that still send, for `seconds` at most."""
-        if not self.connections:
-            return
-        empty = self._empty = Deferred()
-        for connection in list(self.connections):
-            connection.loseConnection()
-        out_of_time = reactor.callLater(seconds, self._abort)
-        await empty
-        if out_of_time.active():
-            out_of_time.cancel()
-
-    def _abort(self) -> None:
-        for connection in list(self.connections):
-            connection.forceAbortClient()
-
-
-def site(resource: Any, access: Access, reactor: Any) -> QuietSite:
-    """The site in front of `resource`, with `access` at its door."""
-    factory = QuietSite(resource, timeout=60, reactor=reactor, parsePOSTFormSubmission=False)
-    factory.access = access
-
-    def guarded(channel: HTTPChannel, *args: Any, **kwargs: Any) -> BoundedRequest:
-        request = BoundedRequest(channel, *args, **kwargs)
-        request.access = factory.access
-        return request
-
-    factory.requestFactory = cast("type[Request]", guarded)
-    return factory

@@ -21,7 +21,7 @@ from gateway.capture import MOST, Capture
 from gateway.dispatch import Dispatch
 from gateway.policy.routes import MODEL_PREFIX
 from gateway.upstream import Props
-from gateway.web.access import BoundedRequest, speaks_openai, write_error
+from gateway.web.access import BoundedRequest, nothing_there, speaks_openai, write_error
 from gateway.web.dashboard import Dashboard
 from gateway.web.metrics import CONTENT_TYPE, Metrics
 from gateway.wire import completions
@@ -322,9 +322,7 @@ class Api:
 
     @app.handle_errors(HTTPException)
     def unknown(self, request: Any, failure: Failure) -> bytes:
-        path = request.path.decode("ascii", "replace")[:100]
-        method = request.method.decode("ascii", "replace")[:20]
-        error = ApiError("not_found_error", f"There is no {method} {path} here.")
+        error = nothing_there(request)
         if isinstance(failure.value, MethodNotAllowed) and speaks_openai(request):
             error = attrs.evolve(error, status=405)
         return write_error(request, error)

@@ -11,8 +11,9 @@ from selenium.webdriver import Chrome, ChromeOptions, ChromeService
 from selenium.webdriver.remote.webdriver import WebDriver
 
 from gateway.dispatch import Dispatch
-from gateway.web.access import Access, site
+from gateway.web.access import Access
 from gateway.web.api import Api
+from gateway.web.connections import site
 
 #: What looks for barriers (bin/get-clients).
 AXE: Final = Path(__file__).parents[2] / ".cache/clients/axe/node_modules/axe-core/axe.min.js"

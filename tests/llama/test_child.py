@@ -49,7 +49,7 @@ class FakeProcess:
             raise ProcessExitedAlready
         self.signals.append(name)
 
-    def loseConnection(self) -> None:  # noqa: N802  # Twisted calls it by name
+    def loseConnection(self) -> None:  # Twisted calls it by name
         """Nobody can hold these pipes."""
 
     def says(self, text: bytes) -> None:

@@ -28,7 +28,7 @@ class Pipes:
 
     closed: bool = False
 
-    def loseConnection(self) -> None:  # noqa: N802  # Twisted calls it by name
+    def loseConnection(self) -> None:  # Twisted calls it by name
         self.closed = True
 
 

@@ -19,8 +19,9 @@ from gateway.remote.anthropic import Anthropic
 from gateway.remote.openai import OpenAI
 from gateway.tier.tier import Tier
 from gateway.upstream import Remote
-from gateway.web.access import Access, site
+from gateway.web.access import Access
 from gateway.web.api import Api
+from gateway.web.connections import site
 from gateway.wire.pulse import Times
 from tests.house import Held, Household
 

@@ -309,6 +309,20 @@ def test_a_place_is_kept_for_nobody_else() -> None:
     assert other.permit is not None
 
 
+def test_a_kept_place_takes_one_slot_and_not_all() -> None:
+    """Who comes again has a slot, and who came behind goes where there is another."""
+    scene = Scene(slots=3)
+    holders = [scene.join() for _ in range(3)]
+    cut = scene.join(key=b"a")
+    cut.turn.cancel()
+    others = [scene.join(key=b"b"), scene.join(key=b"c")]
+    for holder in holders[:2]:
+        assert holder.permit is not None
+        holder.permit.finished()
+    assert [other.permit is not None for other in others] == [True, False]
+    assert scene.join(key=b"a").permit is not None
+
+
 def test_a_running_call_that_is_cut_keeps_its_age() -> None:
     """It goes on where it was as soon as its slot is idle, before those that waited."""
     scene = Scene()

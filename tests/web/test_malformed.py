@@ -121,7 +121,7 @@ _BODIES = [
     _wrong("a key without quotes", b'{model: "a"}', "not valid JSON"),
     _wrong("a byte order mark", b"\xef\xbb\xbf" + orjson.dumps(turn()), "not valid JSON"),
     _wrong("UTF-16", orjson.dumps(turn()).decode().encode("utf-16"), "not valid JSON"),
-    _wrong("gzip", b"\x1f\x8b\x08\x00\x00", "not valid JSON", headers="content-encoding: gzip\r\n"),
+    _wrong("gzip that is not said", b"\x1f\x8b\x08\x00\x00", "not valid JSON"),
     _wrong("NaN", b'{"max_tokens": NaN}', "not valid JSON"),
     _wrong("Infinity", b'{"temperature": -Infinity}', "not valid JSON"),
     _wrong("a number beyond all bounds", b'{"temperature": 1e999}', "not valid JSON"),
@@ -525,18 +525,19 @@ def test_a_refusal_of_head_has_no_body(path: str) -> None:
 
 
 def test_a_body_that_is_far_too_large_is_not_even_read() -> None:
-    """A body of many times the limit ends the connection, said beforehand or not."""
+    """A body of many times the limit is refused before it has come, said beforehand or not."""
     house = household()
     browser = send(house, _head(f"content-length: {LIMIT * 10}"))
-    assert browser.wire.aborted
+    assert browser.status == 413
+    assert browser.wire.finished
     browser = send(house, _head("transfer-encoding: chunked"))
     chunk = b"1000\r\n" + b" " * 4096 + b"\r\n"
     sent = 0
-    while not browser.wire.aborted and sent < LIMIT * 10:
+    while not browser.wire.finished and sent < LIMIT * 10:
         browser.send(chunk)
         sent += 4096
     assert LIMIT < sent < LIMIT * 5
-    assert browser.raw == b""
+    assert browser.status == 413
     assert house.main.asked == []
 
 
@@ -551,15 +552,6 @@ def test_a_body_that_breaks_off_is_no_request() -> None:
     assert house.main.asked == []
     status = house.api.dispatch.ledger.status()
     assert (status["calls"], status["last"]) == ([], [])
-
-
-def test_a_body_that_never_ends_is_given_up() -> None:
-    """A client that stops in the middle of its body does not hold its connection for ever."""
-    house = household()
-    browser = send(house, request(turn())[:-5])
-    house.wait(90)
-    assert browser.wire.disconnecting
-    assert house.main.asked == []
 
 
 def test_the_next_request_on_the_same_connection_is_answered() -> None:
