@@ -54,15 +54,32 @@ class House:
 
 @attrs.frozen
 class Size:
-    """What a gateway takes: memory in MB, and open file descriptors."""
+    """What a gateway takes: memory in MB, open file descriptors, threads, children and timers."""
 
     memory: float
     files: int
+    threads: int
+    children: int
+    timers: int
 
     @classmethod
     def of(cls, gateway: Running) -> Size:
-        pid = gateway.process.pid
-        return cls(resident(pid), psutil.Process(pid).num_fds())
+        """What it takes now; raises AssertionError where it does not say."""
+        status, said = gateway.ask_raw("/metrics")
+        assert status == 200, said[:300]
+        (timers,) = re.findall(rb"^claudegw_timers (\S+)$", said, re.MULTILINE)
+        process = psutil.Process(gateway.process.pid)
+        with process.oneshot():
+            return cls(
+                resident(process.pid),
+                process.num_fds(),
+                process.num_threads(),
+                len(process.children(recursive=True)),
+                round(float(timers)),
+            )
 
     def __str__(self) -> str:
-        return f"{self.memory:.1f} MB, {self.files} file descriptors"
+        return (
+            f"{self.memory:.1f} MB, {self.files} file descriptors, {self.threads} threads,"
+            f" {self.children} children, {self.timers} timers"
+        )

@@ -49,7 +49,7 @@ class Call:
         kind: what it is, in words.
         body: of the request; None for a GET.
         path: where it goes.
-        headers: those that differ from the client's usual ones.
+        headers: those of another client; None for those that it has anyway.
         reads: what a stream says; None for `told`.
         fault: what is wrong with an answer; "" if nothing is.
         is_dispensable: whether the client does without the answer where it is refused for good.
@@ -59,7 +59,7 @@ class Call:
     kind: str
     body: Json
     path: str = "/v1/messages"
-    headers: Mapping[str, str] = attrs.field(factory=dict)
+    headers: Mapping[str, str] | None = None
     reads: Callable[[bytes], Json] | None = None
     fault: Callable[[Json], str] = lambda _: ""
     is_dispensable: bool = False
@@ -188,9 +188,9 @@ def _once(
             socket.settimeout(max(0.001, min(left, SILENCE)))
 
         be_patient()
-        connection.request(
-            "GET" if body is None else "POST", call.path, body, {**headers, **call.headers}
-        )
+        method = "GET" if body is None else "POST"
+        sent = headers if call.headers is None else call.headers
+        connection.request(method, call.path, body, dict(sent))
         answer = connection.getresponse()
         be_patient()
         while chunk := answer.read1():
