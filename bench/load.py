@@ -157,7 +157,7 @@ class Session(Person):
         """Ask what comes next."""
         self.asked += 1
         kinds: dict[Callable[[Callable[[Call], Ended]], object], int] = {
-            self._goes_on: 45,
+            self.goes_on: 45,
             self._counts: 10,
             lambda ask: ask(self.title()): 10,
             lambda ask: ask(self.haiku()): 10,
@@ -193,9 +193,10 @@ class Session(Person):
             "messages": [*self.messages, {"role": "user", "content": words}],
         }
 
-    def _goes_on(self, ask: Callable[[Call], Ended], tokens: int | None = None) -> None:
+    def goes_on(self, ask: Callable[[Call], Ended]) -> None:
+        """Ask the next turn, and keep what is said."""
         body = self.next()
-        ended = ask(turn(body, tokens))
+        ended = ask(turn(body))
         if ended.answer is not None:
             said = text_of(ended.answer).strip() or "None."
             self.messages[:] = [*body["messages"], {"role": "assistant", "content": said}]

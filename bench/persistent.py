@@ -287,7 +287,9 @@ def told_in_chunks(raw: bytes) -> Json:
     """
     text, reason = "", None
     for _, data in SSEParser().feed(raw):
-        if data == b"[DONE]" and reason:
+        if data == b"[DONE]":
+            if reason is None:
+                break
             return {"text": text, "reason": reason}
         chunk = orjson.loads(data)
         if "error" in chunk:
