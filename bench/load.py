@@ -56,8 +56,8 @@ LONGEST: Final = 12
 LOOK: Final = 1.0
 LINE: Final = 60.0
 
-#: Seconds that the last calls get to end; for how long a gateway at rest stays the same; and
-#: after which it is taken as it is.
+#: Seconds that the last calls get to end; looks for which a gateway at rest stays the same; and
+#: seconds after which it is taken as it is.
 LAST_CALLS: Final = 400
 STILL: Final = 10
 REST: Final = 300
@@ -429,7 +429,7 @@ class Load:
 
         eventually(is_over, LAST_CALLS, LOOK)
         self.seconds = time.monotonic() - began
-        self.sizes.append(self._rest())
+        self.sizes.append(self._rest(self.sizes[0]))
         self.status = self.house.status()
         answered = {each.call.kind for each in self.ended if each.outcome is Outcome.RIGHT}
         self.missing = kinds - answered
@@ -465,19 +465,21 @@ class Load:
                 print(f"minute {minute:.0f}: {calls} calls, {size}", flush=True)
             time.sleep(LOOK)
 
-    def _rest(self) -> Size:
-        """What the gateway takes once nothing has changed for a while."""
+    def _rest(self, before: Size | None = None) -> Size:
+        """What the gateway takes once that is the same, and no more than `before`."""
         end = time.monotonic() + REST
-        size, since = Size.of(self.house.gateway), time.monotonic()
-        while time.monotonic() < end:
+        looks: list[Size] = []
+        while True:
+            looks.append(Size.of(self.house.gateway))
+            earlier, now = looks[-2 * STILL : -STILL], least(looks[-STILL:])
+            is_still = len(earlier) == STILL and least([*earlier, looks[-1]]) == now
+            has_given_back = before is None or (
+                now.files <= before.files and now.timers <= before.timers
+            )
+            is_at_rest = is_still and has_given_back and self.house.is_idle()
+            if is_at_rest or time.monotonic() > end:
+                return now
             time.sleep(LOOK)
-            new = Size.of(self.house.gateway)
-            if attrs.evolve(new, memory=0) != attrs.evolve(size, memory=0):
-                since = time.monotonic()
-            size = new
-            if self.house.is_idle() and time.monotonic() - since >= STILL:
-                break
-        return size
 
     # --- clients ----------------------------------------------------------------------------------
 
@@ -575,6 +577,19 @@ WATCHED: Final = ("/status", "/metrics", "/", "/page/page.js", "/healthz")
 
 
 # --- what is said of it ---------------------------------------------------------------------------
+
+
+def least(looks: Sequence[Size]) -> Size:
+    """
+    The least of each figure, and the last of memory.
+
+    Each look has a connection itself, and a gateway asks its servers now and then.
+    """
+    files, threads, children, timers = (
+        min(getattr(look, name) for look in looks)
+        for name in ("files", "threads", "children", "timers")
+    )
+    return Size(looks[-1].memory, files, threads, children, timers)
 
 
 def results(load: Load, status: int) -> Results:

@@ -9,7 +9,7 @@ import attrs
 import pytest
 
 from bench.house import House, Size
-from bench.load import BUDGETS, LONGEST, Load, Session, calls, results, stage_of
+from bench.load import BUDGETS, LONGEST, Load, Session, calls, least, results, stage_of
 from bench.persistent import Call, Ended, Outcome
 
 AT_REST = Size(memory=70.0, files=20, threads=2, children=2, timers=3)
@@ -93,10 +93,10 @@ def test_calls_are_told_by_kind() -> None:
 
 def test_a_stage_is_that_of_the_one_call() -> None:
     """Its model's name says which one it is."""
-    waiting = {"model": "a", "outcome": "waiting", "first": None}
+    waiting: dict[str, Any] = {"model": "a", "outcome": "waiting", "first": None}
     said = {"calls": [waiting, {**waiting, "model": "b", "outcome": "running"}]}
     assert [stage_of(said, model) for model in "abc"] == ["in line", "in prefill", None]
-    said["calls"][0].update(outcome="running", first=0.5)
+    waiting.update(outcome="running", first=0.5)
     assert stage_of(said, "a") == "mid-stream"
 
 
@@ -132,3 +132,9 @@ def test_a_seed_says_what_is_asked() -> None:
 
     assert asked() == asked()
     assert len(set(asked())) > 8
+
+
+def test_at_rest_is_the_least_that_was_seen() -> None:
+    """A look that meets the gateway's own question to a server counts for nothing; memory does."""
+    asks = attrs.evolve(AT_REST, files=21, timers=4, memory=71.0)
+    assert least([asks, AT_REST, asks]) == attrs.evolve(AT_REST, memory=71.0)
