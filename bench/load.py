@@ -49,6 +49,21 @@ Json = Any
 #: Sessions at once: more than there are slots, so that there is a line.
 SESSIONS: Final = 6
 
+#: How often each kind is asked in a round.
+OFTEN: Final = {
+    "turn": 9,
+    "count": 2,
+    "title": 2,
+    "haiku": 2,
+    "subagent": 2,
+    "schema": 1,
+    "models": 1,
+    "chat, stream": 1,
+    "chat, whole": 1,
+    "completion, stream": 1,
+    "completion, whole": 1,
+}
+
 #: Messages after which a conversation begins anew.
 LONGEST: Final = 12
 
@@ -143,32 +158,61 @@ def started(folder: Path) -> House:
 
 
 @attrs.define(eq=False)
+class Deck:
+    """
+    What is asked next, in an order that the dice decide; each round has every kind.
+
+    All sessions have one, so that no kind is missing from a short run either.
+    """
+
+    dice: random.Random
+    _cards: list[str] = attrs.field(factory=list, init=False)
+    _lock: Lock = attrs.field(factory=Lock, init=False)
+
+    def deal(self) -> str:
+        """The next kind."""
+        with self._lock:
+            if not self._cards:
+                self._cards = [kind for kind, many in OFTEN.items() for _ in range(many)]
+                self.dice.shuffle(self._cards)
+            return self._cards.pop()
+
+
+@attrs.define(eq=False)
 class Session(Person):
     """
     One session: a conversation that goes on, and what Claude Code asks beside it.
 
     Attributes:
+        deck: says what comes next.
         messages: the conversation so far.
     """
 
+    deck: Deck
     messages: list[Json] = attrs.field(factory=list, init=False)
 
     def ask(self, ask: Callable[[Call], Ended]) -> None:
         """Ask what comes next."""
         self.asked += 1
-        kinds: dict[Callable[[Callable[[Call], Ended]], object], int] = {
-            self.goes_on: 45,
-            self._counts: 10,
-            lambda ask: ask(self.title()): 10,
-            lambda ask: ask(self.haiku()): 10,
-            lambda ask: ask(self.subagent()): 10,
-            lambda ask: ask(self.schema()): 5,
-            lambda ask: ask(self.chat()): 5,
-            lambda ask: ask(self.completion()): 3,
-            lambda ask: ask(models()): 2,
-        }
-        (chosen,) = self.dice.choices([*kinds], [*kinds.values()])
-        chosen(ask)
+        match self.deck.deal():
+            case "turn":
+                self.goes_on(ask)
+            case "count":
+                self._counts(ask)
+            case "title":
+                ask(self.title())
+            case "haiku":
+                ask(self.haiku())
+            case "subagent":
+                ask(self.subagent())
+            case "schema":
+                ask(self.schema())
+            case "models":
+                ask(models())
+            case "chat, stream" | "chat, whole" as kind:
+                ask(self.chat(stream=kind.endswith("stream")))
+            case kind:
+                ask(self.completion(stream=kind.endswith("stream")))
 
     def every(self) -> Sequence[Call]:
         """One of each kind."""
@@ -227,24 +271,22 @@ class Session(Person):
         """An SDK's call with a schema: main answers it."""
         return attrs.evolve(self.title(), kind="schema, main", headers=SDK, is_dispensable=False)
 
-    def chat(self, *, stream: bool | None = None) -> Call:
+    def chat(self, *, stream: bool) -> Call:
         """A chat completion."""
-        streams = self.dice.random() < 0.5 if stream is None else stream
         body = {
             "model": "any",
             "max_tokens": 24,
-            "stream": streams,
+            "stream": stream,
             "messages": [{"role": "user", "content": f"{self._mark()} What is a gate?"}],
         }
         return _openai("chat", body, "/v1/chat/completions")
 
-    def completion(self, *, stream: bool | None = None) -> Call:
+    def completion(self, *, stream: bool) -> Call:
         """A completion of a bare prompt."""
-        streams = self.dice.random() < 0.5 if stream is None else stream
         body = {
             "model": "any",
             "max_tokens": 16,
-            "stream": streams,
+            "stream": stream,
             "prompt": f"{self._mark()} A gate is",
         }
         return _openai("completion", body, "/v1/completions")
@@ -400,8 +442,12 @@ class Load:
     missing: set[str] = attrs.field(factory=set, init=False)
     seconds: float = attrs.field(default=0.0, init=False)
     sessions: int = attrs.field(default=0, init=False)
+    _deck: Deck = attrs.field(init=False)
     _over: Event = attrs.field(factory=Event, init=False)
     _lock: Lock = attrs.field(factory=Lock, init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._deck = Deck(random.Random(self.dice.random()))
 
     def run(self, seconds: float) -> None:
         """So many seconds of clients; then the last calls end, and the gateway comes to rest."""
@@ -537,7 +583,7 @@ class Load:
     def _session(self, dice: random.Random) -> Session:
         with self._lock:
             self.sessions += 1
-            return Session(self.sessions, dice)
+            return Session(self.sessions, dice, deck=self._deck)
 
     def _streamed(self, dice: random.Random) -> Json:
         """A turn of a session that nobody goes on with; every other one has a long new text."""

@@ -31,7 +31,7 @@ class Person:
 
     number: int
     dice: random.Random
-    asked: int = 0
+    asked: int = attrs.field(default=0, init=False)
 
     @property
     def headers(self) -> dict[str, str]:

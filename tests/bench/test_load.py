@@ -9,8 +9,21 @@ import attrs
 import pytest
 
 from bench.house import House, Size
-from bench.load import BUDGETS, LONGEST, Load, Session, calls, least, results, stage_of
+from bench.load import (
+    BUDGETS,
+    LONGEST,
+    OFTEN,
+    Deck,
+    Load,
+    Session,
+    calls,
+    least,
+    results,
+    stage_of,
+)
 from bench.persistent import Call, Ended, Outcome
+
+DECK = Deck(random.Random(1))
 
 AT_REST = Size(memory=70.0, files=20, threads=2, children=2, timers=3)
 
@@ -102,7 +115,7 @@ def test_a_stage_is_that_of_the_one_call() -> None:
 
 def test_a_conversation_goes_on_with_what_was_answered() -> None:
     """Until it is long; then it begins anew."""
-    session, bodies = Session(1, random.Random(1)), list[Any]()
+    session, bodies = Session(1, random.Random(1), deck=DECK), list[Any]()
 
     def ask(call: Call) -> Ended:
         bodies.append(call.body)
@@ -117,21 +130,23 @@ def test_a_conversation_goes_on_with_what_was_answered() -> None:
 
 
 def test_a_seed_says_what_is_asked() -> None:
-    """Twice the same."""
+    """Twice the same; and each round has every kind."""
 
     def asked() -> list[str]:
-        session, kinds = Session(1, random.Random(5)), list[str]()
+        dice, kinds = random.Random(5), list[str]()
+        session = Session(1, dice, deck=Deck(dice))
 
         def ask(call: Call) -> Ended:
             kinds.append(call.kind)
             return ended(call.kind, Outcome.LEFT)
 
-        for _ in range(60):
+        for _ in range(sum(OFTEN.values())):
             session.ask(ask)
         return kinds
 
+    every = {call.kind for call in Session(1, random.Random(1), deck=DECK).every()}
     assert asked() == asked()
-    assert len(set(asked())) > 8
+    assert set(asked()) == every
 
 
 def test_at_rest_is_the_least_that_was_seen() -> None:
