@@ -95,14 +95,19 @@ def request(body: Json) -> bytes:
     return head.encode() + raw
 
 
-def events(read: bytes) -> tuple[int, bool]:
-    """How many events of text a whole answer has, and whether it says that it ends."""
+def unchunked(read: bytes) -> bytes:
+    """The body of a whole answer that was sent in chunks."""
     chunks, at = list[bytes](), read.index(b"\r\n\r\n") + 4
     while (line := read.find(b"\r\n", at)) > at:
         size = int(read[at:line], 16)
         chunks.append(read[line + 2 : line + 2 + size])
         at = line + 2 + size + 2
-    body = b"".join(chunks)
+    return b"".join(chunks)
+
+
+def events(read: bytes) -> tuple[int, bool]:
+    """How many events of text a whole answer has, and whether it says that it ends."""
+    body = unchunked(read)
     return body.count(b"event: content_block_delta\n"), b"event: message_stop\n" in body[-200:]
 
 

@@ -47,8 +47,10 @@ class Call:
 
     Attributes:
         kind: what it is, in words.
-        body: of the request.
+        body: of the request; None for a GET.
         path: where it goes.
+        headers: those of another client; None for those that it has anyway.
+        reads: what a stream says; None for `told`.
         fault: what is wrong with an answer; "" if nothing is.
         is_dispensable: whether the client does without the answer where it is refused for good.
         leaves: seconds after which the client goes away; None for never.
@@ -57,6 +59,8 @@ class Call:
     kind: str
     body: Json
     path: str = "/v1/messages"
+    headers: Mapping[str, str] | None = None
+    reads: Callable[[bytes], Json] | None = None
     fault: Callable[[Json], str] = lambda _: ""
     is_dispensable: bool = False
     leaves: float | None = None
@@ -111,9 +115,22 @@ class _Left(Exception):
 
 
 def ask(
-    port: int, headers: Mapping[str, str], call: Call, again: Callable[[], None] = lambda: None
+    port: int,
+    headers: Mapping[str, str],
+    call: Call,
+    again: Callable[[], None] = lambda: None,
+    kept: HTTPConnection | None = None,
 ) -> Ended:
-    """Ask until there is an answer, as often as Claude Code does; `again` is told of each time."""
+    """
+    Ask until there is an answer, as often as Claude Code does.
+
+    Args:
+        port: of the gateway.
+        headers: what the client sends with every call.
+        call: what is asked.
+        again: told of each time that it is sent again.
+        kept: a connection that is kept alive for the next call; None for a new one each time.
+    """
     began = time.monotonic()
     until = None if call.leaves is None else began + call.leaves
     body, reasons = call.body, list[str]()
@@ -123,7 +140,9 @@ def ask(
 
     for sent in itertools.count():
         try:
-            answer = _once(port, call.path, headers, body, until)
+            asking = kept or HTTPConnection("127.0.0.1", port, timeout=SILENCE)
+            asked = attrs.evolve(call, body=body)
+            answer = _once(asking, asked, headers, until, keeps=kept is not None)
             fault = call.fault(answer)
         except _Left:
             return ended(Outcome.LEFT)
@@ -149,13 +168,19 @@ def ask(
 
 
 def _once(
-    port: int, path: str, headers: Mapping[str, str], body: Json, until: float | None
+    connection: HTTPConnection,
+    call: Call,
+    headers: Mapping[str, str],
+    until: float | None,
+    *,
+    keeps: bool,
 ) -> Json:
     """The answer, if there is one; raises Again, Refused, Wrong or _Left."""
-    raw, answer = b"", None
-    connection = HTTPConnection("127.0.0.1", port, timeout=SILENCE)
+    raw, answer, is_kept = b"", None, False
+    body = None if call.body is None else orjson.dumps(call.body)
     try:
-        connection.connect()
+        if connection.sock is None:
+            connection.connect()
         socket = connection.sock
 
         def be_patient() -> None:
@@ -163,25 +188,34 @@ def _once(
             socket.settimeout(max(0.001, min(left, SILENCE)))
 
         be_patient()
-        connection.request("POST", path, orjson.dumps(body), dict(headers))
+        method = "GET" if body is None else "POST"
+        sent = headers if call.headers is None else call.headers
+        connection.request(method, call.path, body, dict(sent))
         answer = connection.getresponse()
         be_patient()
         while chunk := answer.read1():
             raw += chunk
             be_patient()
+        is_kept = keeps
     except (OSError, HTTPException) as error:
         if until is not None and time.monotonic() >= until:
             raise _Left from None
-        if answer is None or answer.status != 200 or not body.get("stream"):
+        if answer is None or answer.status != 200 or not (call.body or {}).get("stream"):
             raise Again(f"broken: {type(error).__name__}") from None
     finally:
-        connection.close()
-    return understood(answer.status, dict(answer.headers), raw)
+        if not is_kept:
+            connection.close()
+    return understood(answer.status, dict(answer.headers), raw, call.reads)
 
 
-def understood(status: int, headers: Mapping[str, str], raw: bytes) -> Json:
+def understood(
+    status: int,
+    headers: Mapping[str, str],
+    raw: bytes,
+    reads: Callable[[bytes], Json] | None = None,
+) -> Json:
     """
-    What a whole answer says.
+    What a whole answer says; `reads`, or `told`, says it of a stream.
 
     Raises:
         Again, Refused: it is none.
@@ -196,7 +230,7 @@ def understood(status: int, headers: Mapping[str, str], raw: bytes) -> Json:
             raise Refused(why)
         raise Again(why, float(said["retry-after"]) if "retry-after" in said else None)
     if said.get("content-type", "").startswith("text/event-stream"):
-        return told(raw)
+        return (reads or told)(raw)
     try:
         return orjson.loads(raw)
     except ValueError:
@@ -242,6 +276,28 @@ def told(raw: bytes) -> Json:
             case other:
                 raise Wrong(f"{other} out of order")
     raise Again("the stream ended before the message did")
+
+
+def told_in_chunks(raw: bytes) -> Json:
+    """
+    The text, and why it ended, that a stream of OpenAI's API tells.
+
+    Raises:
+        Again: it ends too soon, or says an error.
+    """
+    text, reason = "", None
+    for _, data in SSEParser().feed(raw):
+        if data == b"[DONE]":
+            if reason is None:
+                break
+            return {"text": text, "reason": reason}
+        chunk = orjson.loads(data)
+        if "error" in chunk:
+            raise Again(f"in the stream: {chunk['error']}", whole=True)
+        for choice in chunk["choices"]:
+            text += choice.get("text") or (choice.get("delta") or {}).get("content") or ""
+            reason = choice["finish_reason"] or reason
+    raise Again("the stream ended before the answer did")
 
 
 def _events(raw: bytes) -> Iterator[Json]:

@@ -27,17 +27,17 @@ from functools import partial
 from pathlib import Path
 from threading import Event, Lock, Thread
 from typing import Any, Final
-from uuid import UUID
 
 import attrs
 import orjson
 import psutil
 
+from bench.house import House, Size
+from bench.people import Person, a_turn
 from bench.persistent import Call, Ended, Outcome, ask
-from bench.processes import resident
 from bench.waiting import show
 from tests.e2e.clients import eventually
-from tests.e2e.stack import SMOLLM, TWISTD, Running, free_port, start
+from tests.e2e.stack import SMOLLM, TWISTD, free_port, start
 
 Json = Any
 
@@ -68,7 +68,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="claudegw-soak-") as name:
         folder = given.folder or Path(name)
         folder.mkdir(parents=True, exist_ok=True)
-        house = House.started(folder)
+        house = Troubled.started(folder)
         try:
             soak = Soak(house, random.Random(given.seed))
             soak.run(60 * given.minutes, given.every)
@@ -81,26 +81,24 @@ def main() -> int:
 
 
 @attrs.define(eq=False)
-class House:
+class Troubled(House):
     """
-    A gateway with two servers, and its configuration.
+    A gateway whose configuration changes.
 
     Attributes:
-        gateway: its process.
         config: its file.
         ports: of the gateway and of the servers.
         reloads: how often it was told to read its file again.
         env: a number for each server; another one makes it be started anew.
     """
 
-    gateway: Running
     config: Path
     ports: tuple[int, ...]
     reloads: int = 0
     env: Counter[str] = attrs.field(factory=Counter)
 
     @classmethod
-    def started(cls, folder: Path) -> House:
+    def started(cls, folder: Path) -> Troubled:
         """One that is up, with its servers."""
         ports = (free_port(), free_port(), free_port())
         config = folder / "gw.toml"
@@ -115,25 +113,6 @@ class House:
             raise
         return house
 
-    def status(self) -> Json:
-        return self.gateway.ask("/status")[1]
-
-    def is_up(self) -> bool:
-        """Whether both servers answer."""
-        tiers = self.status()["tiers"].values()
-        return all(tier["process"]["state"] == "ready" for tier in tiers)
-
-    def is_idle(self) -> bool:
-        """Whether no call is anywhere."""
-        return not any(self.busy().values())
-
-    def busy(self) -> dict[str, int]:
-        """The calls that are somewhere, and the permits that are out."""
-        tiers = self.status()["tiers"].values()
-        return {
-            what: sum(tier[what] for tier in tiers) for what in ("running", "waiting", "settling")
-        }
-
     def reload(self, renewed: str = "") -> None:
         """Change a route and a bound, and the environment of the server `renewed`."""
         self.reloads += 1
@@ -143,9 +122,6 @@ class House:
         new.write_text(configuration(self.config.parent, self.ports, self.reloads, self.env))
         new.rename(self.config)
         self.gateway.process.send_signal(signal.SIGHUP)
-
-    def log(self) -> str:
-        return self.gateway.log.read_text("utf-8", "replace")
 
 
 def configuration(folder: Path, ports: tuple[int, ...], reloads: int, env: Counter[str]) -> str:
@@ -165,136 +141,6 @@ def configuration(folder: Path, ports: tuple[int, ...], reloads: int, env: Count
     return "\n".join(parts)
 
 
-# --- what is asked --------------------------------------------------------------------------------
-
-
-@attrs.define(eq=False)
-class Person:
-    """
-    One client: a session with a long text that comes again, and with ever new questions.
-
-    Attributes:
-        number: which one.
-        dice: decides what is asked.
-    """
-
-    number: int
-    dice: random.Random
-    asked: int = 0
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """What Claude Code sends."""
-        session = UUID(int=self.number)
-        return {
-            "content-type": "application/json",
-            "user-agent": "claude-cli/2.1.330 (external, cli)",
-            "x-claude-code-session-id": str(session),
-        }
-
-    def ask(self, ask: Callable[[Call], Ended]) -> None:
-        """Ask what comes next."""
-        self.asked += 1
-        which = self.dice.random()
-        if which < 0.15:
-            ask(self.title())
-        elif which < 0.30:
-            ask(self.haiku())
-        elif which < 0.45:
-            body = self.turn()
-            counted = ask(Call("count", body, "/v1/messages/count_tokens", fault=_no_count))
-            ask(_turn(body, counted.answer and counted.answer["input_tokens"]))
-        elif which < 0.65:
-            call = _turn(self.turn())
-            leaves = self.dice.choice((0.05, 0.3, 1.0, 2.0, 4.0))
-            ask(attrs.evolve(call, kind=f"{call.kind}, to be left", leaves=leaves))
-        else:
-            ask(_turn(self.turn()))
-
-    def turn(self) -> Json:
-        """A turn; one of three has 1 000 to 2 000 tokens, and one of three of these a new text."""
-        body = {
-            "model": "any",
-            "max_tokens": self.dice.randint(8, 40),
-            "stream": self.dice.random() < 0.7,
-            "messages": [{"role": "user", "content": f"{self._mark()} Which gate is open?"}],
-        }
-        if self.dice.randrange(3) == 0:
-            body["system"] = self._text("session" if self.dice.randrange(3) else self._mark())
-        return body
-
-    def title(self) -> Call:
-        """A title that only this call has."""
-        title = f"Session {self._mark()}"
-        schema = {
-            "type": "object",
-            "properties": {"title": {"const": title}},
-            "required": ["title"],
-            "additionalProperties": False,
-        }
-        body = {
-            "model": "any",
-            "max_tokens": 32000,
-            "stream": True,
-            "messages": [{"role": "user", "content": f"Name this session: {title}."}],
-            "output_config": {"format": {"type": "json_schema", "schema": schema}},
-        }
-
-        def fault(answer: Json) -> str:
-            said = text_of(answer)
-            return (
-                "" if said and orjson.loads(said) == {"title": title} else f"{said!r} for {title}"
-            )
-
-        return Call("title", body, fault=fault, is_dispensable=True)
-
-    def haiku(self) -> Call:
-        """A side call without a schema."""
-        body = {
-            "model": "claude-haiku-4-5",
-            "max_tokens": 24,
-            "stream": self.dice.random() < 0.5,
-            "messages": [{"role": "user", "content": f"{self._mark()} Say what a gate is."}],
-        }
-        return Call("haiku", body, fault=_silence, is_dispensable=True)
-
-    def _mark(self) -> str:
-        return f"{self.number}-{self.asked}"
-
-    def _text(self, mark: str) -> str:
-        sentences = 60 + 15 * self.number
-        return " ".join(f"Gate {mark} {n} of the old city is open." for n in range(sentences))
-
-
-def text_of(message: Json) -> str:
-    """The words of an answer."""
-    return "".join(block.get("text", "") for block in message["content"])
-
-
-def _turn(body: Json, tokens: int | None = None) -> Call:
-    """A turn; its usage must say `tokens`, where they were counted before."""
-    size = "long" if "system" in body else "short"
-    how = "stream" if body["stream"] else "whole"
-
-    def fault(answer: Json) -> str:
-        usage = answer["usage"]
-        seen = usage["input_tokens"] + (usage.get("cache_read_input_tokens") or 0)
-        miscounted = "" if tokens in (None, seen) else f"{seen} tokens in, not {tokens}"
-        return _silence(answer) or miscounted
-
-    return Call(f"turn, {size}, {how}", body, fault=fault)
-
-
-def _silence(answer: Json) -> str:
-    """What is wrong with an answer that may say anything."""
-    good = answer["type"] == "message" and text_of(answer) and answer["stop_reason"]
-    return "" if good else f"an answer that says nothing: {answer}"
-
-
-def _no_count(answer: Json) -> str:
-    return "" if answer.get("input_tokens", 0) > 0 else f"no count: {answer}"
-
-
 # --- what is done to it ---------------------------------------------------------------------------
 
 
@@ -312,7 +158,7 @@ class Watch:
         suspects: tiers with a call that has lost its server once.
     """
 
-    house: House
+    house: Troubled
     resent: dict[str, int] = attrs.field(factory=dict, init=False)
     born: dict[int, float] = attrs.field(factory=dict, init=False)
     took: dict[str, list[float]] = attrs.field(factory=dict, init=False)
@@ -370,22 +216,6 @@ class Watch:
         return found
 
 
-@attrs.frozen
-class Size:
-    """What a gateway takes: memory in MB, and open file descriptors."""
-
-    memory: float
-    files: int
-
-    @classmethod
-    def of(cls, gateway: Running) -> Size:
-        pid = gateway.process.pid
-        return cls(resident(pid), psutil.Process(pid).num_fds())
-
-    def __str__(self) -> str:
-        return f"{self.memory:.1f} MB, {self.files} file descriptors"
-
-
 @attrs.define(eq=False)
 class Soak:
     """
@@ -396,7 +226,7 @@ class Soak:
         dice: decides which fault comes next.
     """
 
-    house: House
+    house: Troubled
     dice: random.Random
     watch: Watch = attrs.field(init=False)
     ended: list[Ended] = attrs.field(factory=list, init=False)
@@ -416,7 +246,7 @@ class Soak:
         """So many seconds of faults; then the last calls end."""
         people = [Person(n, random.Random(self.dice.random())) for n in range(1, CLIENTS + 1)]
         for person in people:  # what every gateway needs once is no leak
-            for call in (person.title(), person.haiku(), _turn(person.turn())):
+            for call in (person.title(), person.haiku(), a_turn(person.turn())):
                 self._ask(person, call)
         self.ended.clear()
         self.sizes.append(Size.of(self.house.gateway))
@@ -506,9 +336,8 @@ class Soak:
         """The table; `status` is what the gateway ended with."""
         outcomes = Counter(ended.outcome for ended in self.ended)
         again = [_in_short(why) for ended in self.ended for why in ended.again]
-        log = self.house.log()
-        reloads = log.count("reloaded /")
-        cries = re.findall(r"Traceback|Unhandled|\[[\w.#]+#critical\]", log)
+        reloads = self.house.log().count("reloaded /")
+        cries = self.house.cries()
         left = self.watch.left()
         lost = outcomes[Outcome.LOST] + self.unended
         waits = [each.seconds for each in self.ended if each.outcome is Outcome.RIGHT]

@@ -162,6 +162,11 @@ class Metrics:
         version = GaugeMetricFamily("claudegw_info", "This gateway.", labels=["version"])
         version.add_metric([self.version], 1)
         yield version
+        yield GaugeMetricFamily(
+            "claudegw_timers",
+            "Timers that are set; without calls they come back to the same few.",
+            len(self.dispatch.reactor.getDelayedCalls()),
+        )
         yield from self._lines()
         yield from self._servers()
         yield from self._caches()

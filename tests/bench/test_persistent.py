@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from bench.persistent import Again, Refused, Wrong, told, understood
+from bench.persistent import Again, Refused, Wrong, told, told_in_chunks, understood
 from tests.house import HELLO, sse
 
 
@@ -80,3 +80,27 @@ def test_what_cannot_help_is_not(status: int, headers: dict[str, str]) -> None:
     """The gateway's own word goes before the status."""
     with pytest.raises(Refused):
         understood(status, headers, b"{}")
+
+
+def chunks(*said: str) -> bytes:
+    """A stream of OpenAI's API."""
+    return "".join(f"data: {each}\n\n" for each in said).encode()
+
+
+FIRST = '{"choices": [{"delta": {"content": "A gate"}, "finish_reason": null}]}'
+LAST = '{"choices": [{"delta": {}, "finish_reason": "stop"}]}'
+
+
+def test_chunks_are_the_text_that_they_tell() -> None:
+    """Comments mean nothing, and neither does a chunk without a choice."""
+    raw = b": ping\n\n" + chunks(FIRST, LAST, '{"choices": []}', "[DONE]")
+    assert told_in_chunks(raw) == {"text": "A gate", "reason": "stop"}
+
+
+@pytest.mark.parametrize(
+    "said", [(FIRST,), (FIRST, LAST), (FIRST, "[DONE]"), (FIRST, '{"error": {"code": 500}}')]
+)
+def test_chunks_that_do_not_end_well_are_asked_for_again(said: tuple[str, ...]) -> None:
+    """Without a reason, without the mark, or with an error."""
+    with pytest.raises(Again):
+        told_in_chunks(chunks(*said))

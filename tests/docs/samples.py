@@ -107,6 +107,7 @@ NOT_RUN: Final[Mapping[str, str]] = {
     "journalctl ": "it needs a systemd that runs",
     "lsof ": "it only looks, with a program that not every machine has",
     "python -m bench.soak": "it takes half an hour",
+    "python -m bench.load": "it takes half an hour; what it judges by is in tests/bench",
     "python -m bench.cache": "it takes half an hour",
     "python -m bench.overhead": "it takes minutes; its parts are in tests/bench",
     "python -m bench.audit": "it takes many minutes; what it counts with is in tests/e2e",

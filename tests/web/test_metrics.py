@@ -191,6 +191,22 @@ def test_two_gateways_have_figures_of_their_own(house: Household) -> None:
     assert not list(Scraped.of(Household.built()).samples("claudegw_calls_total"))
 
 
+def test_timers_are_told_of(house: Household) -> None:
+    """Those of a call are gone with it, whether it is answered or left."""
+    before = Scraped.of(house).value("claudegw_timers")
+    house.ask(turn("one", stream=True))
+    waiting = house.ask(turn("two", stream=True))
+    assert Scraped.of(house).value("claudegw_timers") > before
+    waiting.leave()
+    (held,) = house.main.held
+    held.begin()
+    held.send(*HELLO)
+    held.finish()
+    for _ in range(3):  # a connection that is kept for another call has a timer, too
+        house.wait(60)
+    assert Scraped.of(house).value("claudegw_timers") == before
+
+
 def test_the_process_is_told_of(house: Household) -> None:
     """By the same names on a machine that has no /proc."""
     names = {name for name in Scraped.of(house).families if name.startswith("process_")}
