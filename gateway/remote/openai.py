@@ -16,6 +16,7 @@ from typing import Any, Final
 import attrs
 
 from gateway.policy import grammar, prefix
+from gateway.policy.bounded import bounded
 from gateway.policy.schema import Form
 from gateway.policy.template import SWITCHES, Template
 from gateway.remote.place import Place, listed
@@ -110,6 +111,8 @@ class OpenAI(Place):
             asked["tool_choice"] = "none"  # which leaves them in the prompt
         if self._takes_grammar:
             asked["grammar"] = grammar.write(form.shape, characters)
+        elif not self.config.strict:  # OpenAI's own refuses some bounds
+            asked["response_format"] = chat.response_format(bounded(form.schema, characters))
         return await self._whole(asked)
 
     async def _whole(self, asked: Mapping[str, Json]) -> Completion:
