@@ -420,6 +420,21 @@ def test_a_schema_is_held_here_where_main_stands_in() -> None:
     assert browser.headers["x-claudegw-tier"] == "main"
 
 
+def test_a_schema_is_left_to_the_server_that_stands_in() -> None:
+    """One that gets what the client sent holds its answers itself, whatever was asked before."""
+    house, scene = Household.built(), Scene.of("anthropic", URL)
+    house.api.dispatch = attrs.evolve(
+        house.api.dispatch, tiers={**house.api.dispatch.tiers, "main": scene.tier}
+    )
+    house.small.gone = True
+    system = "You are evaluating a hook in Claude Code."
+    house.ask(turn(system=system, **UNDER), **CLAUDE_CODE)
+    for each in (scene.house, house) * 2:
+        each.settle()
+    ((asked, _),) = scene.there.sent("/v1/messages")
+    assert asked["output_config"] == UNDER["output_config"]
+
+
 def test_blocks_of_words_do_not_run_into_each_other() -> None:
     """Where nothing stands between them, a line ends."""
     blocks = [{"type": "text", "text": text} for text in ("One.", "Two.\n", "Three.", "\n\nFour.")]
