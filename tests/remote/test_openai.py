@@ -195,7 +195,7 @@ def test_thinking_of_earlier_turns_goes_back() -> None:
 # --- under a schema -------------------------------------------------------------------------------
 
 LLAMA: Final = [{"id": "theirs", "owned_by": "llamacpp", "max_model_len": 5000}]
-UNDER: Final = {"output_config": {"format": {"type": "json_schema", "schema": VERDICT}}}
+UNDER: Final[Json] = {"output_config": {"format": {"type": "json_schema", "schema": VERDICT}}}
 
 
 def held(schema: Json) -> Json:
