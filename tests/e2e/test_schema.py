@@ -15,7 +15,7 @@ from tests.e2e.stack import TIER_KINDS, Running
 from tests.schemas import answers
 
 #: Random schemas that each tier of a kind is asked to answer under; `bench.schemas` asks for more.
-MANY: Final = {"llama-server": 40, "openai": 25}
+MANY: Final = {"llama-server": 40, "openai": 20}
 
 EVERY_KIND: Final[dict[str, Any]] = {
     "type": "object",
