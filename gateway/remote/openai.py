@@ -49,7 +49,7 @@ class OpenAI(Place):
 
     async def _models(self) -> Json:
         said = await super()._models()
-        is_llama = listed(said, self.config.model).get("owned_by") == _LLAMA
+        is_llama = listed(said, None).get("owned_by") == _LLAMA  # whatever name we call it by
         self._takes_grammar = is_llama and not self.config.strict
         return said
 

@@ -252,9 +252,10 @@ def test_an_answer_that_fits_is_told_whole(models: Json, streamed: bool) -> None
     assert scene.house.line().running == 0
 
 
-def test_a_llama_server_gets_a_grammar() -> None:
+@pytest.mark.parametrize("model", [None, "a name of ours"])
+def test_a_llama_server_gets_a_grammar(model: str | None) -> None:
     """In the place of the schema, of which it would hold a part; nothing else ends the answer."""
-    scene = Scene.of("openai", URL)
+    scene = Scene.of("openai", URL, model=model)
     scene.there.models = LLAMA
     scene.house.ask(turn(stop_sequences=["}"], temperature=0, **UNDER))
     (asked,) = asked_of(scene)
