@@ -1,9 +1,10 @@
 """
 Random schemas, asked of both tiers: how many answers fit, how long they take.
 
-``python -m bench.schemas [--many N] [--seed S]`` starts the embedded servers and a gateway, draws N
-schemas of the supported kind (`tests.schemas`) and asks each tier for an answer of 160 tokens
-under each of them, or four for each character of its shortest one.
+``python -m bench.schemas [--many N] [--seed S] [--kind KIND] [--minutes M]`` starts the embedded
+servers and a gateway whose tiers are of this kind, draws N schemas of the supported kind
+(`tests.schemas`) and asks each tier for an answer of 160 tokens under each of them, or four for
+each character of its shortest one.  After M minutes no further one is asked for.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import takewhile
 from pathlib import Path
 from statistics import quantiles
 from typing import Any
@@ -22,7 +24,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from jsonschema import Draft202012Validator
 
 from gateway.policy.schema import read
-from tests.e2e.stack import GEMMA, SMOLLM, Running, start_gateway, start_server
+from tests.e2e.stack import GEMMA, SMOLLM, TIER_KINDS, Running, gateway_of_kind, start_server
 from tests.schemas import answers
 
 TOKENS = 160
@@ -73,6 +75,8 @@ def main() -> int:
     options = argparse.ArgumentParser(prog="python -m bench.schemas")
     options.add_argument("--many", type=int, default=300)
     options.add_argument("--seed", type=int, default=1)
+    options.add_argument("--kind", choices=TIER_KINDS, default=TIER_KINDS[0])
+    options.add_argument("--minutes", type=float, default=60)
     chosen = options.parse_args()
     schemas = drawn(chosen.many, chosen.seed)
     folder = Path(tempfile.mkdtemp(prefix="claudegw-schemas-"))
@@ -81,24 +85,30 @@ def main() -> int:
         "small": start_server(folder, "small", *SMOLLM, "--ctx-size", "8192", "--parallel", "2"),
     }
     tiers = {name: {"url": server.url, "slots": 1} for name, server in servers.items()}
-    gateway = start_gateway(folder, tiers)
     all_fit = True
     try:
-        with ThreadPoolExecutor(len(tiers)) as threads:
+        with (
+            gateway_of_kind(chosen.kind, folder, tiers) as gateway,
+            ThreadPoolExecutor(len(tiers)) as threads,
+        ):
 
             def row(tier: str) -> str:
                 nonlocal all_fit
-                found = [asked(gateway, tier, schema) for schema in schemas]
+                end = time.monotonic() + chosen.minutes * 60
+                in_time = takewhile(lambda _: time.monotonic() < end, schemas)
+                found = [asked(gateway, tier, schema) for schema in in_time]
                 outcomes = [outcome for outcome, _ in found]
                 all_fit &= set(outcomes) == {"fits"}
                 counts = {outcome: outcomes.count(outcome) for outcome in dict.fromkeys(outcomes)}
                 cuts = quantiles([seconds for _, seconds in found], n=20)
-                return f"{tier}: {counts}; p50 {cuts[9]:.2f} s, p95 {cuts[18]:.2f} s"
+                total = sum(seconds for _, seconds in found)
+                spread = f"p50 {cuts[9]:.2f} s, p95 {cuts[18]:.2f} s, {total:.0f} s in all"
+                return f"{tier}: {len(found)} asked, {counts}; {spread}"
 
             for line in threads.map(row, tiers):
                 print(line, flush=True)
     finally:
-        for running in (gateway, *servers.values()):
+        for running in servers.values():
             running.stop()
     return 0 if all_fit else 1
 

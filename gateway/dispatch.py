@@ -334,10 +334,8 @@ class Dispatch:
             ready.check()
 
         how: Any = {"ticket": ticket, "started": started}
-        if ready.tier.remote is not None:  # which is told of a schema itself
-            how["headers"] = headers
-            return partial(answer.from_model, ready.tier, ready.body, repair, **how)
         if ready.form is None:
+            how["headers"] = headers
             return partial(answer.from_model, ready.tier, ready.body, repair, **how)
         how["tokens"] = ready.form_tokens
         under = answer.under_schema if ready.meant.is_bound else answer.words_under_schema

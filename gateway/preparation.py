@@ -130,8 +130,9 @@ class Preparation:
         note(call, route)
         if _is_bounded(call, route, tier):
             body["max_tokens"] = min(request.max_tokens, tier.config.answer_tokens)
-        body["max_tokens"], tokens = await self._room(body, tier)
-        form = form or _form(request, tier)
+        if form is None or not _is_held(tier):
+            form = _form(request, tier)
+        body["max_tokens"], tokens = await self._room(body, tier, form)
         ready = Prepared(request, call, route, tier, body, record, tokens, form)
         if call.kind == "classifier" and route.tier == routes.MAIN and tier.remote is None:
             return attrs.evolve(ready, check=await self._in_time(ready, headers))
@@ -218,7 +219,9 @@ class Preparation:
             body["chat_template_kwargs"] = tier.keep(call.conversation, told)
         return body
 
-    async def _room(self, body: Mapping[str, Json], tier: Tier) -> tuple[int, int | None]:
+    async def _room(
+        self, body: Mapping[str, Json], tier: Tier, form: Form | None
+    ) -> tuple[int, int | None]:
         """
         The longest answer that fits the window, and the prompt, in tokens.
 
@@ -226,7 +229,8 @@ class Preparation:
         servers than a llama-server refuse an answer that would not fit as well, so there both
         count; one that gets what the client sent is left to refuse it itself.  A client that sets
         no bound leaves it to a chat server, which is told none either; a server of the Messages API
-        has to be told one, of at most half the window where nobody can count.
+        has to be told one, and so has one whose answer is held to a form: of at most half the
+        window where nobody can count.
 
         Raises:
             ApiError: 400, the prompt itself does not fit.
@@ -239,7 +243,7 @@ class Preparation:
         window = props.n_ctx
         if is_unbounded and props.answer is not None:
             wanted = props.answer
-        is_left_open = is_remote and is_unbounded and props.answer is None
+        is_left_open = is_remote and is_unbounded and props.answer is None and form is None
         if _at_most(body) + (wanted if is_remote and not is_left_open else 0) < window:
             return wanted if is_left_open else min(wanted, window), None
         tokens = await tier.counter.count(body)
@@ -307,9 +311,14 @@ def _form(request: MessagesRequest, tier: Tier) -> Form | None:
     Raises:
         ApiError: 400, no answer can be held to it.
     """
-    if request.schema is None or tier.remote is not None:
+    if request.schema is None or not _is_held(tier):
         return None
     return schema.read(request.schema)
+
+
+def _is_held(tier: Tier) -> bool:
+    """Whether the gateway holds the answers of `tier` to their schemas."""
+    return tier.remote is None or not tier.remote.is_verbatim
 
 
 def _meant(request: MessagesRequest, call: Call) -> MessagesRequest:

@@ -132,6 +132,30 @@ class Props:
     answer: int | None = None
 
 
+@attrs.frozen
+class Completion:
+    """
+    One whole answer.
+
+    Attributes:
+        text: what was generated.
+        stopped: why: ``eos``, ``word`` or ``limit``.
+        evaluated: prompt tokens that were evaluated.
+        cached: prompt tokens that the server still had.
+        generated: tokens generated.
+        prefill: seconds that the evaluation of the prompt took.
+        generation: seconds that the generation took.
+    """
+
+    text: str
+    stopped: str
+    evaluated: int
+    cached: int
+    generated: int
+    prefill: float = 0.0
+    generation: float = 0.0
+
+
 class Server(Protocol):
     """What a tier needs of its server, whatever speaks there."""
 

@@ -12,8 +12,10 @@ import attrs
 from treq.client import HTTPClient
 from twisted.internet.interfaces import IReactorTime
 
+from gateway.policy import grammar
+from gateway.policy.schema import Form
 from gateway.policy.template import Template
-from gateway.upstream import Answer, Health, Props, Upstream, http_client
+from gateway.upstream import Answer, Completion, Health, Props, Upstream, http_client
 from gateway.wire import bare, chat
 from gateway.wire.errors import ApiError, from_upstream
 
@@ -21,30 +23,6 @@ Json = Any
 
 #: Seconds that the saving or restoring of a slot may take; a state may have tens of gigabytes.
 SLOT_PATIENCE: Final = 600.0
-
-
-@attrs.frozen
-class Completion:
-    """
-    One answer to a bare prompt.
-
-    Attributes:
-        text: what was generated.
-        stopped: why: ``eos``, ``word`` or ``limit``.
-        evaluated: prompt tokens that were evaluated.
-        cached: prompt tokens that the slot still had.
-        generated: tokens generated.
-        prefill: seconds that the evaluation of the prompt took.
-        generation: seconds that the generation took.
-    """
-
-    text: str
-    stopped: str
-    evaluated: int
-    cached: int
-    generated: int
-    prefill: float = 0.0
-    generation: float = 0.0
 
 
 @attrs.frozen
@@ -217,6 +195,28 @@ class LlamaClient:
                 prefill=float(timings.get("prompt_ms", 0)) / 1000,
                 generation=float(timings.get("predicted_ms", 0)) / 1000,
             )
+
+    async def held(
+        self, body: Mapping[str, Json], form: Form, characters: int, tokens: int
+    ) -> Completion:
+        """
+        One answer under the grammar of `form`, to a prompt that is rendered here.
+
+        Args:
+            body: a prepared body.
+            form: what the answer is held to.
+            characters: how long the grammar lets it be.
+            tokens: where it is cut off.
+        """
+        wanted = {
+            "prompt": await self.apply_template(chat.from_messages(body)),
+            "grammar": grammar.write(form.shape, characters),
+            "n_predict": tokens,
+            "cache_prompt": True,
+            "stop": [],
+        }
+        sampling = {name: body[name] for name in chat.SAMPLING if name in body}
+        return await self.complete(wanted | sampling)
 
     async def save_slot(self, slot: int, filename: str) -> Moved:
         """

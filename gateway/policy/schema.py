@@ -121,6 +121,11 @@ class Form:
     is_exact: bool
     _validator: Any
 
+    @property
+    def schema(self) -> Mapping[str, Json]:
+        """As the client said it."""
+        return self._validator.schema  # type: ignore[no-any-return]  # it keeps what it was given
+
     def fits(self, text: str) -> bool:
         """Whether `text` is JSON that fits, patterns aside."""
         try:

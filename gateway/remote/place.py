@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Final, Self
 
@@ -59,6 +59,7 @@ class Place:
     tier: str
     config: Wanted
     upstream: Upstream
+    _seconds: Callable[[], float]
     _told: bool = attrs.field(default=False, init=False)
 
     @classmethod
@@ -76,6 +77,7 @@ class Place:
             tier,
             config,
             Upstream.over(reactor, http, tier, config.url, refusal, headers, base),
+            reactor.seconds,
         )
 
     def hang_up(self) -> None:
@@ -93,7 +95,7 @@ class Place:
         Raises:
             ApiError: it cannot be reached, loads, or refuses the gateway's key.
         """
-        model = _model(await self._models(), self.config.model)
+        model = listed(await self._models(), self.config.model)
         window = self.config.window or _number(model, _WINDOW)
         if window is None:
             window = UNSAID
@@ -176,7 +178,7 @@ def _refusal(tier: str, answer: Answer, body: bytes) -> ApiError:
     return refusals.read(answer.status, body, answer.header, tier)
 
 
-def _model(said: Json, wanted: str | None) -> Mapping[str, Json]:
+def listed(said: Json, wanted: str | None) -> Mapping[str, Json]:
     """What a list of models says of the one that is wanted, or of the first."""
     listed = said.get("data") if isinstance(said, dict) else None
     models = [each for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []

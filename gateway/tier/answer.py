@@ -171,8 +171,8 @@ async def under_schema(
     started: Callable[[], None],
 ) -> None:
     """As `from_model`, for an answer of at most `tokens` that must have this form."""
-    assert tier.llama is not None
-    complete = partial(constrained.complete, tier.llama, body, form, tokens)
+    assert isinstance(tier.client, constrained.Holding)
+    complete = partial(constrained.complete, tier.client, body, form, tokens)
     async with Turn(tier, ticket) as turn:
         completion = await turn.ask(body, started, complete)
         ticket.content()

@@ -2,26 +2,25 @@
 Answers that must fit a JSON schema.
 
 llama-server's ``/v1/messages`` drops a schema, its chat endpoints enforce one only with some
-templates, and what ``json_schema`` holds depends on what the server was built with.  A rendered
-prompt sent to ``/completion`` with a grammar of ours is held by every server and template
-(docs/protocol.md, "Schemas").
+templates, and what ``json_schema`` holds depends on what the server was built with.  A grammar of
+ours is held by every llama-server and template; another server is trusted with as much as it says
+that it holds, and what it answers is looked at (docs/protocol.md, "Schemas").
 
-The grammar is written for so many characters that an answer of usual text closes within its tokens.
-One that is cut off all the same is asked for once more, under a grammar that closes whatever the
+What is asked for is written for so many characters that an answer of usual text closes within its
+tokens.  One that is cut off all the same is asked for once more, in a form that closes whatever the
 tokens: an emoji may take four.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, Protocol, runtime_checkable
 
 from attrs import evolve
 
-from gateway.llama.client import Completion, LlamaClient
-from gateway.policy import grammar
 from gateway.policy.schema import Form
 from gateway.policy.shapes import AnyObject
+from gateway.upstream import Completion
 from gateway.wire import chat
 from gateway.wire.errors import ApiError
 
@@ -31,14 +30,32 @@ Json = Any
 _CHARACTERS: Final = (2.0, 0.25)
 
 
+@runtime_checkable
+class Holding(Protocol):
+    """A server whose answers can be held to a form."""
+
+    async def held(
+        self, body: Mapping[str, Json], form: Form, characters: int, tokens: int
+    ) -> Completion:
+        """
+        One answer, held as far as the server can.
+
+        Args:
+            body: a prepared body.
+            form: what the answer is held to.
+            characters: how long it is meant to be.
+            tokens: where it is cut off.
+        """
+
+
 async def complete(
-    client: LlamaClient, body: Mapping[str, Json], form: Form, tokens: int
+    server: Holding, body: Mapping[str, Json], form: Form, tokens: int
 ) -> Completion:
     """
     An answer to `body` that has this form.
 
     Args:
-        client: the server to ask; the caller holds a permit for it.
+        server: who is asked; the caller holds a permit for it.
         body: a prepared body.
         form: what the client's schema allows.
         tokens: how long the answer may be.
@@ -50,14 +67,9 @@ async def complete(
     Raises:
         ApiError: no attempt gave a fitting answer.
     """
-    prompt = await client.apply_template(chat.from_messages(body))
-    wanted = {"prompt": prompt, "n_predict": tokens, "cache_prompt": True, "stop": []}
-    # The second time with the server's own sampling: at temperature 0 nothing would change.
-    sampling = {key: body[key] for key in ("temperature", "top_p", "top_k") if key in body}
     first: Completion | None = None
     for characters in _CHARACTERS:
-        written = grammar.write(form.shape, int(tokens * characters))
-        completion = await client.complete(wanted | sampling | {"grammar": written})
+        completion = await server.held(body, form, int(tokens * characters), tokens)
         if first is None:
             first = completion
         # The second attempt finds the prompt where the first has left it.
@@ -68,8 +80,9 @@ async def complete(
             # Whole it is, also where the limit left no room for the sign that ends it.
             return evolve(completion, stopped="eos")
         if completion.stopped == "limit" and isinstance(form.shape, AnyObject):
-            return completion  # its grammar would let it go on for ever once more
-        sampling = {}
+            return completion  # its form would let it go on for ever once more
+        # The second time with the server's own sampling: at temperature 0 nothing would change.
+        body = {name: body[name] for name in body if name not in chat.SAMPLING}
     if completion.stopped == "limit":
         return completion
     raise ApiError(

@@ -20,6 +20,9 @@ Json = Any
 #: More tokens than any window has: the bound of a call that says none.
 AS_MANY_AS_FIT: Final = 2**31 - 1
 
+#: How a token is chosen; strict servers do not know the last.
+SAMPLING: Final = ("temperature", "top_p", "top_k")
+
 
 def from_messages(body: Mapping[str, Json]) -> dict[str, Json]:
     """The chat-shaped body for ``/apply-template`` that renders as `body` does."""
@@ -155,12 +158,18 @@ def request(body: Mapping[str, Json], *, strict: bool) -> dict[str, Json]:
         chat["stop"] = body["stop_sequences"]
     wanted = (body.get("output_config") or {}).get("format")
     if wanted:
-        schema = {"name": "answer", "strict": True, "schema": wanted["schema"]}
-        chat["response_format"] = {"type": "json_schema", "json_schema": schema}
-    for name in ("temperature", "top_p", *(() if strict else ("top_k", "chat_template_kwargs"))):
+        chat["response_format"] = response_format(wanted["schema"])
+    known = SAMPLING[:-1] if strict else (*SAMPLING, "chat_template_kwargs")
+    for name in known:
         if name in body:
             chat[name] = body[name]
     return chat
+
+
+def response_format(schema: Json) -> dict[str, Json]:
+    """What holds an answer to `schema`."""
+    held = {"name": "answer", "strict": True, "schema": schema}
+    return {"type": "json_schema", "json_schema": held}
 
 
 def _plain(messages: list[Json], strict: bool) -> list[Json]:

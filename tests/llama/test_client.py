@@ -13,6 +13,8 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
 
 from gateway.llama.client import LlamaClient
+from gateway.policy import grammar
+from gateway.policy.schema import read
 from gateway.upstream import Health, Lost
 from gateway.wire.errors import Unavailable
 from tests.house import HELLO, FakeLlama
@@ -96,6 +98,27 @@ def test_a_question_that_is_not_wanted_any_more_is_cancelled() -> None:
     scene.ask().cancel()
     assert scene.said == [CancelledError]
     assert scene.clock.getDelayedCalls() == []
+
+
+# --- an answer under a schema ---------------------------------------------------------------------
+
+
+def test_a_rendered_prompt_is_asked_under_a_grammar() -> None:
+    """That of its form, for so many characters; nothing else ends the answer."""
+    scene = Asked()
+    scene.server.completions = ['{"ok": true}']
+    form = read({"properties": {"ok": {"type": "boolean"}}, "required": ["ok"]})
+    body = {"messages": [{"role": "user", "content": "Hi"}], "temperature": 0, "stop": ["}"]}
+    scene.ask(scene.client.held(body, form, 200, 100))
+    assert [each.text for each in scene.came] == ['{"ok": true}']
+    assert dict(scene.server.asked)["/completion"] == {
+        "prompt": scene.server.prompt_of(body),
+        "grammar": grammar.write(form.shape, 200),
+        "n_predict": 100,
+        "cache_prompt": True,
+        "stop": [],
+        "temperature": 0,
+    }
 
 
 # --- a server that is about to be ended -----------------------------------------------------------

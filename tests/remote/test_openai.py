@@ -8,6 +8,8 @@ import attrs
 import orjson
 import pytest
 
+from gateway.policy import grammar
+from gateway.policy.schema import read
 from tests.house import CLAUDE_CODE, Household, turn
 from tests.remote.scene import Scene
 from tests.web.test_kinds import VERDICT
@@ -190,16 +192,216 @@ def test_thinking_of_earlier_turns_goes_back() -> None:
     assert asked["chat_template_kwargs"]["enable_thinking"] is True
 
 
-@pytest.mark.parametrize("tools", [[], [TOOL]], ids=["alone", "beside tools"])
-def test_a_schema_goes_along(tools: Json) -> None:
-    """The server holds the answer to it, also one that we could not read."""
-    schema = {"type": "object", "properties": {"a": {"$ref": "#/$defs/x"}}}
-    wanted = {"format": {"type": "json_schema", "schema": schema}}
-    asked = sent(turn(output_config=wanted, **({"tools": tools} if tools else {})))
-    assert asked["response_format"] == {
-        "type": "json_schema",
-        "json_schema": {"name": "answer", "strict": True, "schema": schema},
+# --- under a schema -------------------------------------------------------------------------------
+
+LLAMA: Final = [{"id": "theirs", "owned_by": "llamacpp", "max_model_len": 5000}]
+UNDER: Final[Json] = {"output_config": {"format": {"type": "json_schema", "schema": VERDICT}}}
+
+
+def held(schema: Json) -> Json:
+    """What holds an answer to `schema` in the chat API's words."""
+    wanted = {"name": "answer", "strict": True, "schema": schema}
+    return {"type": "json_schema", "json_schema": wanted}
+
+
+def bound_for(characters: int, tokens: int) -> Json:
+    """`VERDICT` with the bound of an answer of `tokens`."""
+    reason = {"type": "string", "maxLength": characters}
+    return {
+        "max_tokens": tokens,
+        "response_format": held(
+            {**VERDICT, "properties": {"ok": {"type": "boolean"}, "reason": reason}}
+        ),
     }
+
+
+def say(scene: Scene, text: str, why: str = "stop", by: str = "content") -> None:
+    """Answer the call that is held with `text`."""
+    usage = {"prompt_tokens": 9, "completion_tokens": 4}
+    stream(
+        scene,
+        {"choices": [{"index": 0, "delta": {by: text}}]},
+        {"choices": [{"index": 0, "delta": {}, "finish_reason": why}], "usage": usage},
+    )
+
+
+def asked_of(scene: Scene) -> list[Json]:
+    return [body for body, _ in scene.there.sent(CHAT)]
+
+
+@pytest.mark.parametrize("models", [LLAMA, [{"id": "theirs"}]], ids=["llama-server", "another"])
+@pytest.mark.parametrize("streamed", [True, False])
+def test_an_answer_that_fits_is_told_whole(models: Json, streamed: bool) -> None:
+    """A stream too begins to tell it once it is known to fit."""
+    scene = Scene.of("openai", URL)
+    scene.there.models = models
+    browser = scene.house.ask(turn(stream=streamed, **UNDER))
+    say(scene, '{"ok": true}')
+    usage = {"input_tokens": 9, "output_tokens": 4}
+    if streamed:
+        (delta,) = [e["delta"] for e in browser.events if e["type"] == "content_block_delta"]
+        assert delta["text"] == '{"ok": true}'
+        ending = browser.events[-2]
+        assert ending["delta"]["stop_reason"] == "end_turn"
+        assert usage.items() <= ending["usage"].items()
+    else:
+        assert browser.json["content"] == [{"type": "text", "text": '{"ok": true}'}]
+        assert browser.json["stop_reason"] == "end_turn"
+        assert usage.items() <= browser.json["usage"].items()
+    assert len(asked_of(scene)) == 1
+    assert scene.house.line().running == 0
+
+
+@pytest.mark.parametrize("model", [None, "a name of ours"])
+def test_a_llama_server_gets_a_grammar(model: str | None) -> None:
+    """In the place of the schema, of which it would hold a part; nothing else ends the answer."""
+    scene = Scene.of("openai", URL, model=model)
+    scene.there.models = LLAMA
+    scene.house.ask(turn(stop_sequences=["}"], temperature=0, **UNDER))
+    (asked,) = asked_of(scene)
+    assert asked["grammar"] == grammar.write(read(VERDICT).shape, 200)
+    assert (asked["max_tokens"], asked["temperature"]) == (100, 0)
+    assert not {"response_format", "stop"} & asked.keys()
+
+
+def test_another_server_gets_the_schema_with_bounds() -> None:
+    """Of the sizes that a grammar would have."""
+    scene = Scene.of("openai", URL)
+    scene.house.ask(turn(**UNDER))
+    (asked,) = asked_of(scene)
+    assert asked | bound_for(56, 100) == asked
+    assert "grammar" not in asked
+
+
+@pytest.mark.parametrize("models", [LLAMA, [{"id": "theirs"}]])
+def test_a_strict_server_gets_the_schema_as_it_is(models: Json) -> None:
+    """OpenAI's own knows no grammar, and refuses some bounds."""
+    scene = Scene.of("openai", URL, strict=True)
+    scene.there.models = models
+    scene.house.ask(turn(**UNDER))
+    (asked,) = asked_of(scene)
+    assert asked["response_format"] == held(VERDICT)
+    assert asked["max_completion_tokens"] == 100
+    assert "grammar" not in asked
+
+
+@pytest.mark.parametrize("models", [LLAMA, [{"id": "theirs"}]])
+def test_an_answer_that_is_cut_off_is_asked_for_in_less_room(models: Json) -> None:
+    """And not as the client would have it sampled: the same would come again."""
+    scene = Scene.of("openai", URL)
+    scene.there.models = models
+    browser = scene.house.ask(turn(temperature=0, **UNDER))
+    say(scene, '{"ok": true, "reason": "aaa', "length")
+    say(scene, '{"ok": true}')
+    assert browser.json["content"][0]["text"] == '{"ok": true}'
+    _, second = asked_of(scene)
+    if models is LLAMA:
+        assert second["grammar"] == grammar.write(read(VERDICT).shape, 25)
+    else:
+        assert second | bound_for(20, 100) == second
+    assert "temperature" not in second
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_server_that_holds_nothing_is_found_out(streamed: bool) -> None:
+    """What does not fit twice is an error, and nothing of it is told."""
+    scene = Scene.of("openai", URL)
+    browser = scene.house.ask(turn(stream=streamed, **UNDER))
+    say(scene, "Yes, it is fine.")
+    say(scene, '{"ok": "yes"}')
+    said = browser.raw.decode()
+    assert "no answer that fits the schema in 2 attempts" in said
+    assert "yes" not in said.lower()
+    assert scene.house.line().running == 0
+
+
+def test_an_answer_that_is_taken_for_thoughts_is_one() -> None:
+    """Some templates make a server do so; thoughts beside an answer are none."""
+    scene = Scene.of("openai", URL)
+    browser = scene.house.ask(turn(**UNDER))
+    say(scene, '{"ok": true}', by="reasoning_content")
+    assert browser.json["content"] == [{"type": "text", "text": '{"ok": true}'}]
+
+
+def test_what_cannot_be_held_is_refused_before_it_is_sent() -> None:
+    """As for a llama-server, with the place."""
+    scene = Scene.of("openai", URL)
+    schema = {"type": "object", "properties": {"a": {"not": {}}}}
+    wanted = {"format": {"type": "json_schema", "schema": schema}}
+    browser = scene.house.ask(turn(output_config=wanted))
+    assert browser.status == 400
+    assert "properties.a: not is not supported" in browser.json["error"]["message"]
+    assert asked_of(scene) == []
+
+
+@pytest.mark.parametrize("models", [LLAMA, [{"id": "theirs"}]])
+def test_words_beside_tools_that_do_not_fit_are_asked_for_again(models: Json) -> None:
+    """Behind the same prompt, in which the tools are still; a llama-server answers freely first."""
+    scene = Scene.of("openai", URL)
+    scene.there.models = models
+    browser = scene.house.ask(turn(tools=[TOOL], **UNDER))
+    say(scene, "Yes.")
+    say(scene, '{"ok": true}')
+    assert browser.json["content"] == [{"type": "text", "text": '{"ok": true}'}]
+    first, second = asked_of(scene)
+    assert first["tools"] == second["tools"]
+    assert "tool_choice" not in first
+    assert second["tool_choice"] == "none"
+    if models is LLAMA:
+        assert not {"response_format", "grammar"} & first.keys()
+    else:
+        assert first["response_format"] == held(VERDICT)
+
+
+def test_a_call_needs_no_schema() -> None:
+    """It is told as it is."""
+    scene = Scene.of("openai", URL)
+    browser = scene.house.ask(turn(tools=[TOOL], **UNDER))
+    call = {"index": 0, "id": "call_1", "function": {"name": "look", "arguments": "{}"}}
+    stream(
+        scene,
+        {"choices": [{"index": 0, "delta": {"tool_calls": [call]}}]},
+        {"choices": [{"index": 0, "delta": {}, "finish_reason": "tool_calls"}]},
+    )
+    assert [block["name"] for block in browser.json["content"]] == ["look"]
+    assert len(asked_of(scene)) == 1
+
+
+def test_a_schema_has_a_bound_where_the_client_sets_none() -> None:
+    """A tiny model would write on as long as its form lets it: half the window, if none counts."""
+    schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": VERDICT}}
+    chat = {"model": "m", "messages": [{"role": "user", "content": "a"}], "response_format": schema}
+    scene = Scene.of("openai", URL)
+    scene.house.ask(chat, CHAT)
+    (asked,) = asked_of(scene)
+    assert asked["max_tokens"] == 2500
+
+
+def test_an_answer_that_breaks_off_is_asked_for_anew() -> None:
+    """The server went away in the middle; that is no attempt."""
+    scene = Scene.of("openai", URL)
+    browser = scene.house.ask(turn(**UNDER))
+    (broken,) = scene.there.held
+    broken.begin()
+    broken.say({"choices": [{"index": 0, "delta": {"content": '{"ok": tr'}}]})
+    broken.finish()
+    scene.house.settle()
+    say(scene, '{"ok": true}')
+    assert browser.json["content"][0]["text"] == '{"ok": true}'
+
+
+def test_a_client_that_leaves_is_hung_up_for_under_a_schema() -> None:
+    """In the middle of an answer of which it has seen nothing."""
+    scene = Scene.of("openai", URL)
+    browser = scene.house.ask(turn(**UNDER))
+    (asked,) = scene.there.held
+    asked.begin()
+    asked.say({"choices": [{"index": 0, "delta": {"content": "{"}}]})
+    scene.house.settle()
+    browser.leave()
+    scene.house.settle()
+    assert asked.left
+    assert (scene.house.line().running, scene.house.line().settling) == (0, 0)
 
 
 def test_a_schema_is_held_here_where_main_stands_in() -> None:
@@ -217,6 +419,21 @@ def test_a_schema_is_held_here_where_main_stands_in() -> None:
         each.settle()
     assert browser.json["content"] == [{"type": "text", "text": '{"ok": true}'}]
     assert browser.headers["x-claudegw-tier"] == "main"
+
+
+def test_a_schema_is_left_to_the_server_that_stands_in() -> None:
+    """One that gets what the client sent holds its answers itself, whatever was asked before."""
+    house, scene = Household.built(), Scene.of("anthropic", URL)
+    house.api.dispatch = attrs.evolve(
+        house.api.dispatch, tiers={**house.api.dispatch.tiers, "main": scene.tier}
+    )
+    house.small.gone = True
+    system = "You are evaluating a hook in Claude Code."
+    house.ask(turn(system=system, **UNDER), **CLAUDE_CODE)
+    for each in (scene.house, house) * 2:
+        each.settle()
+    ((asked, _),) = scene.there.sent("/v1/messages")
+    assert asked["output_config"] == UNDER["output_config"]
 
 
 def test_blocks_of_words_do_not_run_into_each_other() -> None:

@@ -16,7 +16,7 @@ from twisted.python.failure import Failure
 
 from gateway.config import Tier as Wanted
 from gateway.llama import gguf
-from gateway.llama.client import Completion, Moved
+from gateway.llama.client import Moved
 from gateway.llama.identity import Identity, Kept, ModelFile, server_of
 from gateway.llama.snapshots import Store
 from gateway.policy.order import Rank
@@ -24,7 +24,7 @@ from gateway.policy.template import Template
 from gateway.tier import cache as room
 from gateway.tier.cache import Cache
 from gateway.tier.line import Line, Ticket
-from gateway.upstream import Props
+from gateway.upstream import Completion, Props
 from gateway.wire.errors import ApiError, unavailable
 from gateway.wire.events import Usage
 from tests.llama.test_snapshots import state

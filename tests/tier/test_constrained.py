@@ -8,10 +8,9 @@ import attrs
 import pytest
 from twisted.internet.defer import Deferred
 
-from gateway.llama.client import Completion
-from gateway.policy import grammar
 from gateway.policy.schema import Form, read
 from gateway.tier.constrained import complete
+from gateway.upstream import Completion
 from gateway.wire.errors import ApiError
 
 FORM = read({"properties": {"title": {"type": "string"}}, "required": ["title"]})
@@ -26,11 +25,8 @@ class Answering:
     asked: list[Any] = attrs.field(factory=list)
     counts: list[tuple[int, int]] = attrs.field(factory=list)
 
-    async def apply_template(self, chat: Any) -> str:
-        return f"<{chat['messages'][0]['content']}>"
-
-    async def complete(self, wanted: Any) -> Completion:
-        self.asked.append(wanted)
+    async def held(self, body: Any, form: Form, characters: int, tokens: int) -> Completion:
+        self.asked.append((body, form, characters, tokens))
         text, stopped = self.completions.pop(0)
         evaluated, cached = self.counts.pop(0) if self.counts else (3, 0)
         return Completion(text, stopped, evaluated=evaluated, cached=cached, generated=5)
@@ -38,33 +34,23 @@ class Answering:
 
 def completed(server: Answering, tokens: int = 100, form: Form = FORM) -> Any:
     found: list[Any] = []
-    asking = Deferred.fromCoroutine(complete(server, BODY, form, tokens))  # type: ignore[arg-type]
+    asking = Deferred.fromCoroutine(complete(server, BODY, form, tokens))
     asking.addBoth(found.append)
     return found[0]
 
 
-def test_the_prompt_is_asked_under_a_grammar() -> None:
-    """A rendered prompt goes up with the grammar of its schema, and nothing else ends it."""
+def test_an_answer_that_fits_is_asked_for_once() -> None:
+    """It may have two characters a token, and is sampled as the client wants."""
     server = Answering([('{"title": "a"}', "eos")])
     assert completed(server).text == '{"title": "a"}'
-    (asked,) = server.asked
-    assert asked == {
-        "prompt": "<Hi>",
-        "grammar": grammar.write(FORM.shape, 200),
-        "n_predict": 100,
-        "cache_prompt": True,
-        "stop": [],
-        "temperature": 0,
-    }
+    assert server.asked == [(BODY, FORM, 200, 100)]
 
 
 def test_a_cut_answer_is_asked_for_in_less_room() -> None:
     """What was cut off is asked for once more, so short that it must close, and sampled anew."""
     server = Answering([('{"title": "aaa', "limit"), ('{"title": "b"}', "eos")])
     assert completed(server).text == '{"title": "b"}'
-    second = server.asked[1]
-    assert second["grammar"] == grammar.write(FORM.shape, 25)
-    assert "temperature" not in second
+    assert server.asked[1] == ({"messages": BODY["messages"]}, FORM, 25, 100)
 
 
 def test_an_answer_that_is_cut_twice_is_given_as_it_is() -> None:
