@@ -60,9 +60,10 @@ def told(gateway: Running, tier: str, schema: Any, max_tokens: int) -> str:
 @pytest.mark.server
 @pytest.mark.parametrize("kind", TIER_KINDS, indirect=True, scope="module")
 @pytest.mark.parametrize("tier", ["small", "main"])
-def test_the_answer_fits(gateway: Running, tier: str) -> None:
+def test_the_answer_fits(gateway: Running, tier: str, kind: str) -> None:
     """Whatever a tiny model would rather say, the answer is JSON of the wanted shape."""
-    text = told(gateway, tier, EVERY_KIND, 32_000)
+    # The chat endpoint gets the same grammar, so that a short answer will do.
+    text = told(gateway, tier, EVERY_KIND, 400 if kind == "openai" else 32_000)
     Draft202012Validator(EVERY_KIND).validate(orjson.loads(text))
 
 
