@@ -33,9 +33,11 @@ def small_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A module that names ``GATEWAYS`` has its tests run on a gateway of each."""
+    """A module that names ``GATEWAYS`` has its tests run on a gateway of each, but for some."""
     kinds = getattr(metafunc.module, "GATEWAYS", None)
-    if kinds is not None and "kind" in metafunc.fixturenames:
+    marks = metafunc.definition.iter_markers("parametrize")
+    says_itself = any("kind" in mark.args[0] for mark in marks)
+    if kinds is not None and "kind" in metafunc.fixturenames and not says_itself:
         metafunc.parametrize("kind", kinds, indirect=True, scope="module")
 
 

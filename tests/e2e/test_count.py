@@ -14,9 +14,19 @@ from typing import Any, Final
 import attrs
 import pytest
 
-from tests.e2e.stack import SMOLLM, Running, start_gateway, start_server
+from tests.e2e.stack import (
+    SMOLLM,
+    TIER_KINDS,
+    Running,
+    gateway_of_kind,
+    start_gateway,
+    start_server,
+)
 
 pytestmark = pytest.mark.server
+
+#: Of which kinds the tiers of `gateway` are, one after the other.
+GATEWAYS: Final = TIER_KINDS
 
 Json = Any
 
@@ -276,14 +286,14 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 @pytest.fixture(scope="module", params=["gemma", "smollm2"])
 def family(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, kind: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Running]:
     """A gateway in front of one model."""
     name = {"gemma": "main_server"}.get(request.param, request.param)
     server: Running = request.getfixturevalue(name)
-    gateway = start_gateway(tmp_path_factory.mktemp("family"), {"main": {"url": server.url}})
-    yield gateway
-    gateway.stop()
+    tiers = {"main": {"url": server.url}}
+    with gateway_of_kind(kind, tmp_path_factory.mktemp("family"), tiers) as gateway:
+        yield gateway
 
 
 def counted(gateway: Running, shape: Shape) -> int:

@@ -14,9 +14,14 @@ from pydantic import BaseModel
 
 from tests.e2e.clients import eventually
 from tests.e2e.scripted_llama import ScriptedLlama, Text, Thinking, ToolUse
-from tests.e2e.stack import SMOLLM, Running, start_gateway, start_server
+from tests.e2e.stack import SMOLLM, TIER_KINDS, Running, start_gateway, start_server
 
 pytestmark = pytest.mark.server
+
+#: Of which kinds the tiers of `gateway` are, one after the other.
+GATEWAYS: Final = TIER_KINDS
+
+on_a_llama_server = pytest.mark.parametrize("kind", TIER_KINDS[:1], indirect=True, scope="module")
 
 Json = Any
 
@@ -191,6 +196,7 @@ def test_a_json_object(client: openai.OpenAI) -> None:
 # --- the rest of the API --------------------------------------------------------------------------
 
 
+@on_a_llama_server
 def test_a_bare_prompt(client: openai.OpenAI, gateway: Running) -> None:
     """``completions.create`` goes on with the prompt, the same whole as streamed."""
     wanted: Json = {"model": "m", "prompt": "One, two, three,", "max_tokens": 8, "temperature": 0}
@@ -205,6 +211,16 @@ def test_a_bare_prompt(client: openai.OpenAI, gateway: Running) -> None:
     assert "".join(streamed) == whole.choices[0].text
 
 
+@pytest.mark.parametrize("kind", TIER_KINDS[1:], indirect=True, scope="module")
+def test_a_server_that_takes_chats_only(client: openai.OpenAI) -> None:
+    """It is said so, and of a bare prompt or embeddings it does not hear."""
+    with pytest.raises(openai.BadRequestError, match="takes chats only"):
+        client.completions.create(model="m", prompt="One, two,", max_tokens=8)
+    with pytest.raises(openai.BadRequestError, match="takes chats only"):
+        client.embeddings.create(model="m", input="hi")
+
+
+@on_a_llama_server
 def test_embeddings_of_a_server_that_has_none(client: openai.OpenAI) -> None:
     """The server's own sentence says how to get them, and it is not asked twice."""
     with pytest.raises(openai.BadRequestError, match="embeddings"):
