@@ -14,6 +14,7 @@ documented for it.  `bench.soak` does the same with faults.
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import signal
 import statistics
@@ -677,7 +678,7 @@ def calls(ended: Sequence[Ended]) -> dict[str, dict[str, float]]:
         took = sorted(each.seconds for each in those if each.outcome is Outcome.RIGHT)
         if took:
             row["p50, s"] = statistics.median(took)
-            row["p95, s"] = took[int(0.95 * (len(took) - 1))]
+            row["p95, s"] = took[math.ceil(0.95 * len(took)) - 1]
         rows[kind] = row
     return rows
 
