@@ -35,6 +35,11 @@ def is_a(kind: type) -> Check:
     return check
 
 
+_string = is_a(str)
+_list = is_a(list)
+_object = is_a(dict)
+
+
 def one_of(*allowed: str) -> Check:
     """One of these words."""
 
@@ -69,7 +74,7 @@ def number(least: float, most: float) -> Check:
 
 def filled(value: Json, path: str) -> None:
     """A string that is not empty."""
-    is_a(str)(value, path)
+    _string(value, path)
     if not value:
         raise wrong(path, "a string of at least one character")
 
@@ -78,7 +83,7 @@ def each(check: Check) -> Check:
     """A list of such values."""
 
     def check_all(value: Json, path: str) -> None:
-        is_a(list)(value, path)
+        _list(value, path)
         for number, item in enumerate(value):
             check(item, f"{path}.{number}")
 
@@ -90,7 +95,7 @@ def fields(required: Mapping[str, Check], optional: Mapping[str, Check] | None =
     optional = optional or {}
 
     def check(value: Json, path: str) -> None:
-        is_a(dict)(value, path)
+        _object(value, path)
         prefix = f"{path}." if path else ""
         for name, check_field in required.items():
             if name not in value:
@@ -103,11 +108,14 @@ def fields(required: Mapping[str, Check], optional: Mapping[str, Check] | None =
     return check
 
 
+_typed = fields({"type": filled})
+
+
 def by_type(known: Mapping[str, Check]) -> Check:
     """An object with a ``type``; what else it must have depends on that, if we know it."""
 
     def check(value: Json, path: str) -> None:
-        fields({"type": filled})(value, path)
+        _typed(value, path)
         known.get(value["type"], anything)(value, path)
 
     return check

@@ -195,36 +195,38 @@ _BLOCKS.update(
 _message = fields({"role": one_of("user", "assistant", "system"), "content": _content})
 
 
-def _system_block(value: Json, path: str) -> None:
-    fields({"type": one_of("text"), "text": is_a(str)})(value, path)
+_system_block = fields({"type": one_of("text"), "text": is_a(str)})
+_any_tool = fields(
+    {"name": filled}, {"type": filled, "description": is_a(str), "defer_loading": is_a(bool)}
+)
+_custom_tool = fields({"input_schema": is_a(dict)})
+_any_choice = fields(
+    {"type": one_of("auto", "any", "tool", "none")}, {"disable_parallel_tool_use": is_a(bool)}
+)
+_named = fields({"name": filled})
+_any_thinking = fields({"type": one_of("enabled", "disabled", "adaptive")})
+_budgeted = fields({"budget_tokens": integer(1)})
 
 
 def _tool(value: Json, path: str) -> None:
-    fields(
-        {"name": filled}, {"type": filled, "description": is_a(str), "defer_loading": is_a(bool)}
-    )(value, path)
+    _any_tool(value, path)
     if (value.get("type") or "custom") == "custom":
-        fields({"input_schema": is_a(dict)})(value, path)
+        _custom_tool(value, path)
 
 
 def _tool_choice(value: Json, path: str) -> None:
-    fields(
-        {"type": one_of("auto", "any", "tool", "none")}, {"disable_parallel_tool_use": is_a(bool)}
-    )(value, path)
+    _any_choice(value, path)
     if value["type"] == "tool":
-        fields({"name": filled})(value, path)
+        _named(value, path)
 
 
 def _thinking(value: Json, path: str) -> None:
-    fields({"type": one_of("enabled", "disabled", "adaptive")})(value, path)
+    _any_thinking(value, path)
     if value["type"] == "enabled":
-        fields({"budget_tokens": integer(1)})(value, path)
+        _budgeted(value, path)
 
 
-def _format(value: Json, path: str) -> None:
-    fields({"type": one_of("json_schema"), "schema": is_a(dict)})(value, path)
-
-
+_format = fields({"type": one_of("json_schema"), "schema": is_a(dict)})
 _body = fields(
     {"model": filled, "messages": each(_message)},
     {
@@ -244,12 +246,13 @@ _body = fields(
         "chat_template_kwargs": is_a(dict),
     },
 )
+_bounded = fields({"max_tokens": integer(1)})
 
 
 def _check_body(body: dict[str, Json], counting: bool) -> None:
     _body(body, "")
     if not counting:
-        fields({"max_tokens": integer(1)})(body, "")
+        _bounded(body, "")
     if all(message["role"] == "system" for message in body["messages"]):
         raise invalid("messages: at least one message of the user is required")
     names = [tool["name"] for tool in body.get("tools") or ()]
