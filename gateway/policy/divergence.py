@@ -88,13 +88,19 @@ class Part:
     marks: bytes = attrs.field(repr=False)
 
     @classmethod
-    def of(cls, path: Path, kind: str, role: str, text: str) -> Part:
+    def of(
+        cls, path: Path, kind: str, role: str, text: str, known: Mapping[bytes, bytes]
+    ) -> Part:
         written = text.encode("utf-8", "replace")
         named = path if path[0] != "messages" else ()
         label = "\0".join([kind, role, *map(str, named), ""])
-        digest = blake2b(label.encode("utf-8", "replace"), digest_size=8)
-        digest.update(written)
-        return cls(path, kind, role, digest.digest(), len(written), _marks(text, written))
+        hashed = blake2b(label.encode("utf-8", "replace"), digest_size=8)
+        hashed.update(written)
+        digest = hashed.digest()
+        marks = known.get(digest)
+        if marks is None:
+            marks = _marks(text, written)
+        return cls(path, kind, role, digest, len(written), marks)
 
     def differs_at(self, other: Part) -> int:
         """The characters after which, or within `MARKED` of which, the two differ."""
@@ -126,7 +132,12 @@ class Prompt:
     parts: tuple[Part, ...]
 
     @classmethod
-    def of(cls, body: Mapping[str, Json], rewriting: Sequence[str] | None = None) -> Prompt:
+    def of(
+        cls,
+        body: Mapping[str, Json],
+        rewriting: Sequence[str] | None = None,
+        like: Prompt | None = None,
+    ) -> Prompt:
         """
         The prompt of a prepared body.
 
@@ -134,8 +145,11 @@ class Prompt:
             body: as `gateway.policy.prefix.prepare` gives it.
             rewriting: the switches that change earlier turns; None where that is not known, and
                 any of them might.
+            like: one that it may have most of its parts in common with: marks cost the most.
         """
-        return cls(tuple(_parts(body, rewriting)))
+        known = {} if like is None else {part.digest: part.marks for part in like.parts}
+        parts = _texts(body, rewriting)
+        return cls(tuple(Part.of(*where, text, known) for where, text in parts))
 
     @property
     def size(self) -> int:
@@ -381,11 +395,6 @@ def _whole_messages(parts: Sequence[Part]) -> list[bytes]:
 # --- the parts of a body --------------------------------------------------------------------------
 
 
-def _parts(body: Mapping[str, Json], rewriting: Sequence[str] | None) -> Iterator[Part]:
-    for (path, kind, role), text in _texts(body, rewriting):
-        yield Part.of(path, kind, role, text)
-
-
 def _texts(
     body: Mapping[str, Json], rewriting: Sequence[str] | None
 ) -> Iterator[tuple[tuple[Path, str, str], str]]:
@@ -535,6 +544,11 @@ class Memory:
     def fingerprints(self) -> list[bytes]:
         """Of all of them."""
         return [prompt.fingerprint for prompt in self._prompts.values()]
+
+    def like(self, conversation: str) -> Prompt | None:
+        """The last prompt of `conversation`, or else the last of any."""
+        last = next(reversed(self._prompts.values()), None)
+        return self._prompts.get(conversation, last)
 
     def remember(self, conversation: str, prompt: Prompt) -> None:
         """The last prompt of `conversation` is this one."""

@@ -297,7 +297,7 @@ class Cache:
             self.numbers.cached_tokens_total += usage.cached
             return
         coming, self._coming = self._coming, None
-        prompt = coming[1] if coming and coming[0] is body else self._prompt(body)
+        prompt = coming[1] if coming and coming[0] is body else self._prompt(body, ticket.conversation)
         cached = usage.cached
         evaluated = usage.input or 0
         cold = self._memory.judge(ticket.conversation, prompt, evaluated + cached, cached)
@@ -325,9 +325,10 @@ class Cache:
         assert self.client is not None  # nothing is kept of any other
         return self.client
 
-    def _prompt(self, body: Mapping[str, Json]) -> Prompt:
+    def _prompt(self, body: Mapping[str, Json], conversation: str = "") -> Prompt:
         told = body.get("chat_template_kwargs") or {}
-        return Prompt.of(body, [name for name in told if name not in self.free])
+        like = self._memory.like(conversation)
+        return Prompt.of(body, [name for name in told if name not in self.free], like)
 
     def status(self) -> Mapping[str, Json]:
         """For ``/status``."""
