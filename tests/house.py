@@ -248,6 +248,13 @@ class Wire(StringTransport):
     def loseWriteConnection(self) -> None:
         self.finished = True
 
+    def loseConnection(self) -> None:
+        """Twisted waits for what is to be written, and only for that."""
+        if self.finished:
+            self.protocol.connectionLost(Failure(ConnectionDone()))
+        else:
+            super().loseConnection()
+
     def abortConnection(self) -> None:
         self.aborted = True
         self.protocol.connectionLost(Failure(ConnectionAborted()))

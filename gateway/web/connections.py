@@ -38,6 +38,9 @@ SPARE: Final = 32
 #: Seconds in which a client that was turned away can read why.
 LINGER: Final = 2.0
 
+#: Seconds between two requests that were sent at once; in them others have their turn.
+BREATH: Final = 0.005
+
 #: Seconds that the last bytes of an answer get once the connection is to end.
 _FLUSH: Final = 30
 
@@ -151,7 +154,7 @@ class PoliteChannel(HTTPChannel):
 
     def requestDone(self, request: AnyRequest) -> None:
         """
-        Go on to the next request: if it is there already, in a turn of its own.
+        Go on to the next request: if it is there already, a little later.
 
         Who sends a thousand at once would else be answered a thousand times before anybody is.
         """
@@ -174,7 +177,7 @@ class PoliteChannel(HTTPChannel):
         elif self._next is None:
             self.factory.works(self)
             self.setTimeout(None)
-            self._next = self.callLater(0, self._go_on)
+            self._next = self.callLater(BREATH, self._go_on)
 
     def _go_on(self) -> None:
         request, self._answered, self._next = self._answered, None, None
@@ -190,6 +193,7 @@ class PoliteChannel(HTTPChannel):
         self._say(error)
         self.turned_away = True
         self.clearLineBuffer()
+        self._transferDecoder = None
         self.setTimeout(None)
         self.transport.loseWriteConnection()
         if self._abortingCall is None:
@@ -232,10 +236,10 @@ class PoliteChannel(HTTPChannel):
 
     def loseConnection(self) -> None:
         """End the connection once all is written; in the end also of who does not read it."""
+        if self._abortingCall is None:  # first, as the end may come at once
+            self._abortingCall = self.callLater(self.abortTimeout, self.forceAbortClient)
         if not self.transport.disconnecting:
             super().loseConnection()
-        if self._abortingCall is None:
-            self._abortingCall = self.callLater(self.abortTimeout, self.forceAbortClient)
 
     def forceAbortClient(self) -> None:
         """Twisted's own would log each."""

@@ -558,6 +558,7 @@ def test_the_next_request_on_the_same_connection_is_answered() -> None:
     """A refusal that HTTP itself could read does not end the connection."""
     house = household()
     browser = send(house, request({}) + request(b"", path="/healthz", method="GET"))
+    house.wait(1)
     first, second = browser.raw.split(b"HTTP/1.1 ")[1:]
     assert first.startswith(b"400 ")
     assert second.startswith(b"200 ")
