@@ -56,6 +56,9 @@ FEW: Final = 64
 PAUSE: Final = 0.005
 PATIENCE: Final = 30.0
 
+#: Seconds without an abuse before each.
+QUIET: Final = 0.4
+
 #: The prompt of a normal call.
 WORDS: Final = "gate " * 800
 
@@ -127,6 +130,7 @@ class Result:
         got: what it got.
         should: what it should have got.
         calls: of the normal calls beside it, the seconds.
+        before: of those just before it.
     """
 
     abuse: str
@@ -134,13 +138,15 @@ class Result:
     got: str
     should: str
     calls: list[float | None]
+    before: list[float | None] = attrs.field(factory=list)
 
     @property
     def is_right(self) -> bool:
         return self.got == self.should and None not in self.calls
 
     def figures(self) -> dict[str, Any]:
-        took = [seconds * 1000 for seconds in self.calls if seconds is not None]
+        """What is printed, times in ms."""
+        before, beside = _ms(self.before), _ms(self.calls)
         return {
             "abuse": self.abuse,
             "times": self.times,
@@ -148,9 +154,15 @@ class Result:
             "right": self.is_right,
             "calls": len(self.calls),
             "lost": self.calls.count(None),
-            "p50 ms": round(statistics.median(took), 2) if took else None,
-            "max ms": round(max(took), 2) if took else None,
+            "p50 before": statistics.median(before) if before else None,
+            "max before": max(before, default=None),
+            "p50 beside": statistics.median(beside) if beside else None,
+            "max beside": max(beside, default=None),
         }
+
+
+def _ms(calls: list[float | None]) -> list[float]:
+    return [round(seconds * 1000, 2) for seconds in calls if seconds is not None]
 
 
 def connect(port: int, number: int = 0) -> socket.socket:
@@ -349,7 +361,7 @@ def everything(seconds: float) -> Iterator[tuple[str, str, Callable[[int], Count
     yield "a stream over HTTP/1.0", "200, whole", repeated(of_http_1_0)
     yield "Expect", "100, 200", repeated(expecting)
     yield "a body without end", "413, closed", repeated(endless)
-    yield "1000 requests in a segment", "1000 x 200", repeated(partial(pipelined, 1000))
+    yield "100 requests in a segment", "100 x 200", repeated(partial(pipelined, 100))
     yield "a stream and a request", "both, in order", repeated(streamed_and_more)
     yield "1000 answers that are not read", "closed by the client", repeated(unread)
     yield "half-closed, answered", "200, ended", repeated(partial(half_closed, head(HEALTH)))
@@ -370,6 +382,8 @@ def everything(seconds: float) -> Iterator[tuple[str, str, Callable[[int], Count
 
 def flood(beside: Beside, port: int, gateway: Running, most: int) -> Iterator[Result]:
     """Ten thousand connections that say nothing, at a limit of `most`."""
+    quiet = time.monotonic()
+    time.sleep(2)
     began = time.monotonic()
     idle = [connect(port, number) for number in range(FLOOD)]
     opened = time.monotonic()
@@ -382,8 +396,10 @@ def flood(beside: Beside, port: int, gateway: Running, most: int) -> Iterator[Re
     left = max(0, FLOOD - closed)
     room = min(most, FLOOD)
     got = "as many as may stay" if room - 32 <= left <= room + 32 else f"{left} stay"
-    yield Result(f"{name}: opening", FLOOD, got, "as many as may stay", beside.calls(began, opened))
-    yield Result(f"{name}: there", FLOOD, "open", "open", beside.calls(opened, ended))
+    before = beside.calls(quiet, began)
+    while_opening, then = beside.calls(began, opened), beside.calls(opened, ended)
+    yield Result(f"{name}: coming", FLOOD, got, "as many as may stay", while_opening, before)
+    yield Result(f"{name}: there", FLOOD, "open", "open", then, before)
     print(f"# {left} stay; the gateway has {memory:.0f} MB and {files} files open", flush=True)
     for connection in idle:
         connection.close()
@@ -424,25 +440,22 @@ def show(result: Result) -> None:
     """One row."""
     row = result.figures()
     right = "" if row["right"] else f"  WRONG: should be {result.should}, lost {row['lost']}"
-    took = "" if row["p50 ms"] is None else f"{row['p50 ms']:8.1f} {row['max ms']:8.1f}"
-    what = f"{row['abuse'][:40]:40} {row['times']:6} {row['got'][:28]:28}"
-    print(f"{what} {row['calls']:5} {took}{right}", flush=True)
+    took = [row[f"{what} {when}"] for when in ("before", "beside") for what in ("p50", "max")]
+    shown = " ".join("       -" if each is None else f"{each:8.1f}" for each in took)
+    what = f"{row['abuse'][:34]:34} {row['times']:6} {row['got'][:21]:21}"
+    print(f"{what} {row['calls']:5} {shown}{right}", flush=True)
 
 
 def done(name: str, should: str, do: Callable[[], Counter[str]], calls: Beside) -> Result:
-    """One abuse."""
+    """One abuse, after a moment without."""
+    quiet = time.monotonic()
+    time.sleep(QUIET)
     began = time.monotonic()
     got = do()
     ended = time.monotonic()
     said = " / ".join(got) if len(got) == 1 else " / ".join(f"{n} x {g}" for g, n in got.items())
-    return Result(name, sum(got.values()), said, should, calls.calls(began, ended))
-
-
-def quiet(calls: Beside, name: str) -> Result:
-    """Nothing beside."""
-    began = time.monotonic()
-    time.sleep(2)
-    return Result(name, 0, "", "", calls.calls(began))
+    before = calls.calls(quiet, began - PAUSE)
+    return Result(name, sum(got.values()), said, should, calls.calls(began, ended), before)
 
 
 def measure(seconds: float, folder: Path) -> Iterator[Result]:
@@ -454,14 +467,12 @@ def measure(seconds: float, folder: Path) -> Iterator[Result]:
         gateway = start_gateway(folder, tiers, LIMITS)
         over.callback(gateway.stop)
         with Beside.calling(folder, gateway.port) as calls:
-            yield quiet(calls, "nothing")
             before, files = resident(gateway.process.pid), _files(gateway)
             for name, should, do in everything(seconds):
                 yield done(name, should, partial(do, gateway.port), calls)
             after = resident(gateway.process.pid)
             until(lambda: _files(gateway) <= files + 4 or None)
             print(f"# memory {before:.0f} MB before, {after:.0f} MB after; no file left open")
-            yield quiet(calls, "nothing, again")
         for most in (2000, FLOOD + 500):
             place = folder / str(most)
             place.mkdir()
@@ -469,7 +480,6 @@ def measure(seconds: float, folder: Path) -> Iterator[Result]:
             gateway = start_gateway(place, tiers, keys)
             over.callback(gateway.stop)
             with Beside.calling(folder, gateway.port) as calls:
-                yield quiet(calls, "nothing")
                 yield from flood(calls, gateway.port, gateway, most)
         (folder / "few").mkdir()
         yield from too_few_files(folder / "few", llama)
@@ -493,7 +503,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         beside(given.beside)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    print(f"{'abuse':40} {'times':>6} {'got':28} {'calls':>5} {'p50 ms':>8} {'max ms':>8}")
+    times = f"{'calls':>5} {'p50 ms':>8} {'max':>8} {'p50 ms':>8} {'max':>8}"
+    print(f"{'':69} {'just before':>17} {'beside':>17}")
+    print(f"{'abuse':34} {'times':>6} {'got':21} {times}")
     results = []
     with tempfile.TemporaryDirectory(prefix="claudegw-abuse-") as name:
         for result in measure(given.seconds, Path(name)):
