@@ -110,6 +110,7 @@ NOT_RUN: Final[Mapping[str, str]] = {
     "python -m bench.load": "it takes half an hour; what it judges by is in tests/bench",
     "python -m bench.cache": "it takes half an hour",
     "python -m bench.overhead": "it takes minutes; its parts are in tests/bench",
+    "python -m bench.abuse": "it takes minutes; what it throws is in tests/web",
     "python -m bench.audit": "it takes many minutes; what it counts with is in tests/e2e",
 }
 

@@ -180,7 +180,7 @@ def test_a_compressed_body_is_no_body() -> None:
     house = Household.built()
     body = gzip.compress(orjson.dumps(turn()))
     browser = house.ask(body, content_encoding="gzip")
-    assert browser.status == 400
+    assert browser.status == 415
     assert house.main.held == []
 
 
