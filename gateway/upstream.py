@@ -12,8 +12,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from enum import Enum
-from functools import cache
-from http.cookiejar import DefaultCookiePolicy
 from pathlib import Path
 from typing import Any, Final, Protocol, cast
 from urllib.parse import urlsplit
@@ -21,8 +19,6 @@ from urllib.parse import urlsplit
 import attrs
 import orjson
 from hyperlink import EncodedURL
-from treq.client import HTTPClient
-from treq.cookies import IndexableCookieJar
 from twisted.internet import ssl
 from twisted.internet.defer import CancelledError, Deferred, succeed
 from twisted.internet.defer import TimeoutError as TimedOut
@@ -39,21 +35,20 @@ from twisted.internet.interfaces import (
     IReactorTime,
     IStreamClientEndpoint,
 )
+from twisted.internet.protocol import Factory
 from twisted.internet.protocol import Protocol as Receiver
 from twisted.python.failure import Failure
+from twisted.web._newclient import HTTP11ClientProtocol, Request
 from twisted.web.client import (
-    Agent,
-    HTTPConnectionPool,
     RequestGenerationFailed,
     RequestTransmissionFailed,
     ResponseDone,
     ResponseFailed,
     ResponseNeverReceived,
-    _HTTP11ClientFactory,
 )
 from twisted.web.http import PotentialDataLoss
 from twisted.web.http_headers import Headers
-from twisted.web.iweb import IAgentEndpointFactory, IBodyProducer, IResponse
+from twisted.web.iweb import IAgent, IBodyProducer, IResponse
 from zope.interface import implementer
 
 from gateway.config import upstream_endpoint
@@ -85,12 +80,6 @@ _TRUSTED: Final = Path("/etc/ssl/cert.pem")
 
 #: Headers that hold the key of a tier.
 _KEYS: Final = ("authorization", "x-api-key")
-
-#: Calls of different clients are nothing to each other.
-_NO_COOKIES: Final = DefaultCookiePolicy(allowed_domains=())
-
-# Twisted would log the start and the end of each connection.
-_HTTP11ClientFactory.noisy = False
 
 
 class Health(Enum):
@@ -380,7 +369,7 @@ class Upstream:
     base: str
     refusal: Callable[[Answer, bytes], ApiError]
     _reactor: IReactorTime
-    _http: HTTPClient
+    _agent: IAgent
     _headers: Headers
     _awaited: set[Deferred[Any]] = attrs.field(factory=set, init=False)
     _read: set[_Reading] = attrs.field(factory=set, init=False)
@@ -389,14 +378,14 @@ class Upstream:
     def over(
         cls,
         reactor: IReactorTime,
-        http: HTTPClient,
+        agent: IAgent,
         tier: str,
         url: str,
         refusal: Callable[[Answer, bytes], ApiError],
         headers: Mapping[str, str],
         base: str = "http://localhost",
     ) -> Upstream:
-        """One that is asked over `http`, with `headers` in each request."""
+        """One that is asked over `agent`, with `headers` in each request."""
         sent = {name: [value] for name, value in headers.items()}
         always = Headers({"content-type": ["application/json"], **sent})
         keys = [value.rpartition(" ")[2].encode() for value in map(headers.get, _KEYS) if value]
@@ -406,7 +395,8 @@ class Upstream:
                 body = body.replace(key, b"***")
             return refusal(answer, body)
 
-        return cls(tier, url, base, without_key, reactor, http, always)
+        written = EncodedURL.from_text(base).to_uri().to_text()  # any letter may stand in a URL
+        return cls(tier, url, written, without_key, reactor, agent, always)
 
     def hang_up(self) -> None:
         """The server will not answer any more: what waits for an answer fails with `Lost`."""
@@ -501,13 +491,11 @@ class Upstream:
             ApiError: the server cannot be reached.
             Lost: it went away before it answered.
         """
-        awaited: Deferred[Any] = self._http.request(
-            method,
-            _url(self.base + path),
-            headers=self._beside(headers or {}),
-            data=None if body is None else _BytesBody(orjson.dumps(body)),
-            unbuffered=True,
-            allow_redirects=False,
+        awaited: Deferred[Any] = self._agent.request(
+            method.encode("ascii"),
+            (self.base + path).encode("ascii"),
+            self._beside(headers or {}),
+            None if body is None else _BytesBody(orjson.dumps(body)),
         )
         self._awaited.add(awaited)
         try:
@@ -572,15 +560,9 @@ def _in_words(error: object) -> str:
     return str(reasons[0].value if reasons else error)
 
 
-@cache
-def _url(url: str) -> EncodedURL:
-    """The URL of an endpoint; treq would take it apart anew for each call."""
-    return EncodedURL.from_text(url)
-
-
-def http_client(reactor: Any, url: str, ca_file: Path | None = None) -> HTTPClient:
+def agent_for(reactor: Any, url: str, ca_file: Path | None = None) -> IAgent:
     """
-    The client of the one server at `url`, whatever is asked of it.
+    What asks the one server at `url`, and no other.
 
     Args:
         reactor: Twisted's.
@@ -601,9 +583,7 @@ def http_client(reactor: Any, url: str, ca_file: Path | None = None) -> HTTPClie
     else:
         place = url if parts.scheme == "unix" else f"http://{parts.netloc}"
         endpoint = clientFromString(reactor, upstream_endpoint(place))
-    pool = HTTPConnectionPool(reactor, persistent=False)
-    agent = Agent.usingEndpointFactory(reactor, _Always(endpoint), pool)
-    return HTTPClient(agent, IndexableCookieJar(_NO_COOKIES))
+    return _Direct(endpoint)
 
 
 def _roots(path: Path) -> Any:
@@ -612,12 +592,35 @@ def _roots(path: Path) -> Any:
     return ssl.trustRootFromCertificates([ssl.Certificate.loadPEM(each) for each in found])
 
 
-@implementer(IAgentEndpointFactory)
+class _Connections(Factory):
+    """Connections for one request each."""
+
+    protocol = HTTP11ClientProtocol
+    noisy = False  # Twisted would log the start and the end of each
+
+
+@implementer(IAgent)
 @attrs.frozen
-class _Always:
-    """One endpoint for every URL; the stock Agent would resolve even 127.0.0.1 in a thread."""
+class _Direct:
+    """
+    Asks one server, over a new connection each time.
+
+    Twisted's own looks for one to be used again, and has more to it that is nothing to us.
+    """
 
     endpoint: IStreamClientEndpoint
+    _connections: _Connections = attrs.field(factory=_Connections, init=False)
 
-    def endpointForURI(self, uri: object) -> IStreamClientEndpoint:  # noqa: ARG002  # any
-        return self.endpoint
+    def request(
+        self,
+        method: bytes,
+        uri: bytes,
+        headers: Headers | None = None,
+        bodyProducer: IBodyProducer | None = None,  # noqa: N803  # Twisted's name
+    ) -> Deferred[IResponse]:
+        _, _, host, path = uri.split(b"/", 3)
+        sent = Headers() if headers is None else headers.copy()
+        sent.setRawHeaders(b"host", [host])
+        request = Request(method, b"/" + path, sent, bodyProducer)
+        connecting: Deferred[Any] = self.endpoint.connect(self._connections)
+        return connecting.addCallback(lambda connection: connection.request(request))

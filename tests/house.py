@@ -13,7 +13,6 @@ from typing import Any, Final
 
 import attrs
 import orjson
-from treq.client import HTTPClient
 from treq.testing import RequestTraversalAgent
 from twisted.internet.error import ConnectionAborted, ConnectionDone
 from twisted.internet.task import Clock
@@ -378,7 +377,7 @@ class Household:
             agent = RequestTraversalAgent(llama)
             agents.append(agent)
             url = f"http://{name}"
-            client = LlamaClient.over(clock, name, url, None, HTTPClient(agent))
+            client = LlamaClient.over(clock, name, url, None, agent)
             config = TierConfig(url=url, slots=llama.slots, **tier)
             tiers[name] = Tier.of(name, config, client, clock)
             tiers[name].start()

@@ -65,7 +65,7 @@ def service() -> Iterator[tuple[type[Service], list[str]]]:
 def test_what_a_user_installs_is_looked_at() -> None:
     """What claudegw and its demo need, down to the last; not what tests and documentation do."""
     packages = audit.needed()
-    assert {"twisted", "treq", "klein", "cryptography", "xllamacpp"} <= packages.keys()
+    assert {"twisted", "hyperlink", "klein", "cryptography", "xllamacpp"} <= packages.keys()
     assert not {"claudegw", "pytest", "sphinx", "pip-audit", "hypothesis"} & packages.keys()
     assert "xllamacpp" not in audit.needed("claudegw")
 

@@ -9,13 +9,13 @@ from hashlib import blake2b
 from typing import Any, Final
 
 import attrs
-from treq.client import HTTPClient
 from twisted.internet.interfaces import IReactorTime
+from twisted.web.iweb import IAgent
 
 from gateway.policy import grammar
 from gateway.policy.schema import Form
 from gateway.policy.template import Template
-from gateway.upstream import Answer, Completion, Health, Props, Upstream, http_client
+from gateway.upstream import Answer, Completion, Health, Props, Upstream, agent_for
 from gateway.wire import bare, chat
 from gateway.wire.errors import ApiError, from_upstream
 
@@ -58,16 +58,16 @@ class LlamaClient:
     @classmethod
     def at(cls, reactor: Any, tier: str, url: str, api_key: str | None) -> LlamaClient:
         """The client of the server at `url`."""
-        return cls.over(reactor, tier, url, api_key, http_client(reactor, url))
+        return cls.over(reactor, tier, url, api_key, agent_for(reactor, url))
 
     @classmethod
     def over(
-        cls, reactor: IReactorTime, tier: str, url: str, api_key: str | None, http: HTTPClient
+        cls, reactor: IReactorTime, tier: str, url: str, api_key: str | None, agent: IAgent
     ) -> LlamaClient:
-        """As `at`, over an HTTP client that is there already."""
+        """As `at`, over an agent that is there already."""
         headers = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
         refusal = partial(_refusal, tier)
-        return cls(tier, url, Upstream.over(reactor, http, tier, url, refusal, headers))
+        return cls(tier, url, Upstream.over(reactor, agent, tier, url, refusal, headers))
 
     def hang_up(self) -> None:
         """The server will not answer any more: what waits for an answer fails with `Lost`."""

@@ -88,9 +88,7 @@ class Part:
     marks: bytes = attrs.field(repr=False)
 
     @classmethod
-    def of(
-        cls, path: Path, kind: str, role: str, text: str, known: Mapping[bytes, bytes]
-    ) -> Part:
+    def of(cls, path: Path, kind: str, role: str, text: str, known: Mapping[bytes, bytes]) -> Part:
         written = text.encode("utf-8", "replace")
         named = path if path[0] != "messages" else ()
         label = "\0".join([kind, role, *map(str, named), ""])

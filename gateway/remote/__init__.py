@@ -7,7 +7,7 @@ from typing import Any, Final
 from gateway.config import Tier
 from gateway.remote.anthropic import Anthropic
 from gateway.remote.openai import OpenAI
-from gateway.upstream import Remote, http_client
+from gateway.upstream import Remote, agent_for
 
 _KINDS: Final[dict[str, type[Anthropic | OpenAI]]] = {
     "anthropic": Anthropic,
@@ -18,5 +18,5 @@ _KINDS: Final[dict[str, type[Anthropic | OpenAI]]] = {
 def remote(reactor: Any, name: str, wanted: Tier) -> Remote:
     """The server of the tier `name`, of another kind than a llama-server."""
     ca_file = None if wanted.ca_file is None else wanted.ca_file.expanduser()
-    http = http_client(reactor, wanted.url, ca_file)
-    return _KINDS[wanted.kind].over(reactor, http, name, wanted)
+    agent = agent_for(reactor, wanted.url, ca_file)
+    return _KINDS[wanted.kind].over(reactor, agent, name, wanted)

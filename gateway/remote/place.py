@@ -7,9 +7,9 @@ from functools import partial
 from typing import Any, Final, Self
 
 import attrs
-from treq.client import HTTPClient
 from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
+from twisted.web.iweb import IAgent
 
 from gateway.config import Tier as Wanted
 from gateway.config import base_of
@@ -63,8 +63,8 @@ class Place:
     _told: bool = attrs.field(default=False, init=False)
 
     @classmethod
-    def over(cls, reactor: IReactorTime, http: HTTPClient, tier: str, config: Wanted) -> Self:
-        """The server that `config` names, asked over `http`."""
+    def over(cls, reactor: IReactorTime, agent: IAgent, tier: str, config: Wanted) -> Self:
+        """The server that `config` names, asked over `agent`."""
         headers: dict[str, str] = {}
         if (key := config.key) is not None:
             bearer = {"authorization": f"Bearer {key}"}
@@ -76,7 +76,7 @@ class Place:
         return cls(
             tier,
             config,
-            Upstream.over(reactor, http, tier, config.url, refusal, headers, base),
+            Upstream.over(reactor, agent, tier, config.url, refusal, headers, base),
             reactor.seconds,
         )
 

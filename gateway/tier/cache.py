@@ -297,7 +297,10 @@ class Cache:
             self.numbers.cached_tokens_total += usage.cached
             return
         coming, self._coming = self._coming, None
-        prompt = coming[1] if coming and coming[0] is body else self._prompt(body, ticket.conversation)
+        if coming is not None and coming[0] is body:
+            prompt = coming[1]
+        else:
+            prompt = self._prompt(body, ticket.conversation)
         cached = usage.cached
         evaluated = usage.input or 0
         cold = self._memory.judge(ticket.conversation, prompt, evaluated + cached, cached)

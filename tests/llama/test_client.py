@@ -7,7 +7,6 @@ from typing import Any
 
 import attrs
 import pytest
-from treq.client import HTTPClient
 from treq.testing import RequestTraversalAgent
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
@@ -30,7 +29,7 @@ class Scene:
 
     def ask(self) -> Deferred[Any]:
         agent = RequestTraversalAgent(self.server)
-        client = LlamaClient.over(self.clock, "main", "http://main", None, HTTPClient(agent))
+        client = LlamaClient.over(self.clock, "main", "http://main", None, agent)
         asking = Deferred.fromCoroutine(client.health())
         asking.addCallbacks(self.said.append, lambda failure: self.said.append(failure.type))
         agent.flush()
@@ -73,7 +72,7 @@ def test_the_loss_of_a_server_is_told_in_words(*, begun: bool) -> None:
     """The log shows them to people, who need no list of Python's objects."""
     server = FakeLlama()
     agent = RequestTraversalAgent(server)
-    client = LlamaClient.over(Clock(), "main", "http://main", None, HTTPClient(agent))
+    client = LlamaClient.over(Clock(), "main", "http://main", None, agent)
 
     async def ask() -> None:
         answer = await client.messages({})
@@ -137,8 +136,7 @@ class Asked:
 
     def __attrs_post_init__(self) -> None:
         self._agent = RequestTraversalAgent(self.server)
-        http = HTTPClient(self._agent)
-        self.client = LlamaClient.over(self.clock, "main", "http://main", None, http)
+        self.client = LlamaClient.over(self.clock, "main", "http://main", None, self._agent)
 
     def ask(self, question: Coroutine[Deferred[Any], Any, Any]) -> Deferred[Any]:
         asking = Deferred.fromCoroutine(question)

@@ -7,7 +7,6 @@ from typing import Any
 import attrs
 import orjson
 import pytest
-from treq.client import HTTPClient
 from treq.testing import RequestTraversalAgent
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.task import Clock
@@ -68,8 +67,7 @@ class Place:
 
     def __attrs_post_init__(self) -> None:
         self.agent = RequestTraversalAgent(self.server)
-        http = HTTPClient(self.agent)
-        self.client = LlamaClient.over(self.clock, "main", "http://main", None, http)
+        self.client = LlamaClient.over(self.clock, "main", "http://main", None, self.agent)
 
     def ask(self, name: str, *arguments: Any) -> Asked:
         found = Asked(Deferred.fromCoroutine(getattr(self.client, name)(*arguments)))

@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 
 import attrs
 import orjson
-from treq.client import HTTPClient
 from treq.testing import RequestTraversalAgent
 from twisted.internet.task import Clock
 from twisted.web.resource import Resource
@@ -95,7 +94,7 @@ class Scene:
         agent = RequestTraversalAgent(there)
         config = TierConfig(url, kind, **keys)
         remote = Anthropic if kind == "anthropic" else OpenAI
-        client: Remote = remote.over(clock, HTTPClient(agent), "main", config)
+        client: Remote = remote.over(clock, agent, "main", config)
         tier = Tier.of("main", config, client, clock)
         tier.start()
         dispatch = Dispatch({"main": tier}, (), Ledger(clock), Times(), clock)
