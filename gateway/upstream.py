@@ -34,9 +34,11 @@ from twisted.internet.interfaces import (
     IPushProducer,
     IReactorTime,
     IStreamClientEndpoint,
+    ITransport,
 )
 from twisted.internet.protocol import Factory
 from twisted.internet.protocol import Protocol as Receiver
+from twisted.python.components import proxyForInterface
 from twisted.python.failure import Failure
 from twisted.web._newclient import HTTP11ClientProtocol, Request
 from twisted.web.client import (
@@ -387,7 +389,8 @@ class Upstream:
     ) -> Upstream:
         """One that is asked over `agent`, with `headers` in each request."""
         sent = {name: [value] for name, value in headers.items()}
-        always = Headers({"content-type": ["application/json"], **sent})
+        plain = {"content-type": ["application/json"], "accept-encoding": ["identity"]}
+        always = Headers({**plain, **sent})
         keys = [value.rpartition(" ")[2].encode() for value in map(headers.get, _KEYS) if value]
 
         def without_key(answer: Answer, body: bytes) -> ApiError:
@@ -592,10 +595,56 @@ def _roots(path: Path) -> Any:
     return ssl.trustRootFromCertificates([ssl.Certificate.loadPEM(each) for each in found])
 
 
-class _Connections(Factory):
-    """Connections for one request each."""
+@attrs.define(eq=False)
+class _Gathering(Receiver):
+    """Hands on in one piece what came in one; the chunks of HTTP's are one for each event."""
 
-    protocol = HTTP11ClientProtocol
+    reader: Receiver
+    _pieces: list[bytes] = attrs.field(factory=list, init=False)
+
+    def makeConnection(self, transport: ITransport) -> None:  # noqa: N802  # Twisted's name
+        self.reader.makeConnection(transport)
+
+    def dataReceived(self, data: bytes) -> None:
+        self._pieces.append(data)
+
+    def hand_on(self) -> None:
+        """No more came at once."""
+        if self._pieces:
+            pieces, self._pieces = self._pieces, []
+            self.reader.dataReceived(b"".join(pieces))
+
+    def connectionLost(self, reason: Failure = _DONE) -> None:
+        self.hand_on()
+        self.reader.connectionLost(reason)
+
+
+class _Connection(HTTP11ClientProtocol):
+    """A connection for one request."""
+
+    gathering: _Gathering | None = None
+
+    def dataReceived(self, data: bytes) -> None:
+        super().dataReceived(data)
+        if self.gathering is not None:
+            self.gathering.hand_on()
+
+
+class _Gathered(proxyForInterface(IResponse)):  # type: ignore[misc]  # made by a function
+    """A response whose body is gathered."""
+
+    connection: _Connection
+
+    def deliverBody(self, reader: Receiver) -> None:  # noqa: N802  # Twisted's name
+        gathering = self.connection.gathering = _Gathering(reader)
+        self.original.deliverBody(gathering)
+        gathering.hand_on()  # what came before there was a reader
+
+
+class _Connections(Factory):
+    """Such connections."""
+
+    protocol = _Connection
     noisy = False  # Twisted would log the start and the end of each
 
 
@@ -605,7 +654,7 @@ class _Direct:
     """
     Asks one server, over a new connection each time.
 
-    Twisted's own looks for one to be used again, and has more to it that is nothing to us.
+    Twisted's own agent looks for one to be used again, and has more to it that is nothing to us.
     """
 
     endpoint: IStreamClientEndpoint
@@ -622,5 +671,14 @@ class _Direct:
         sent = Headers() if headers is None else headers.copy()
         sent.setRawHeaders(b"host", [host])
         request = Request(method, b"/" + path, sent, bodyProducer)
+
+        def ask(connection: _Connection) -> Deferred[IResponse]:
+            def gather(response: IResponse) -> IResponse:
+                gathered = _Gathered(response)
+                gathered.connection = connection
+                return cast("IResponse", gathered)
+
+            return connection.request(request).addCallback(gather)
+
         connecting: Deferred[Any] = self.endpoint.connect(self._connections)
-        return connecting.addCallback(lambda connection: connection.request(request))
+        return connecting.addCallback(ask)

@@ -13,9 +13,11 @@ import trustme
 from twisted.internet import reactor as real_reactor
 from twisted.internet import ssl
 from twisted.internet.defer import maybeDeferred
+from twisted.internet.protocol import Factory, Protocol
 from twisted.web.server import Site
 
 from gateway.config import Tier as TierConfig
+from gateway.llama.client import LlamaClient
 from gateway.remote import remote
 from gateway.upstream import Health, Remote
 from gateway.wire.errors import ApiError, Unavailable
@@ -95,3 +97,32 @@ async def test_nobody_listens(secure: Secure) -> None:
     with pytest.raises(Unavailable, match="No model server answers"):
         await client.props()
     assert await client.health() is Health.DOWN
+
+
+@pytest_twisted.ensureDeferred  # type: ignore[untyped-decorator]
+async def test_what_comes_at_once_is_handed_on_at_once() -> None:
+    """However many chunks of HTTP it has; what comes later is not waited for."""
+    head = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+    pieces = [head + b"3\r\none\r\n3\r\ntwo\r\n", b"5\r\nthree\r\n", b"4\r\nfour\r\n0\r\n\r\n"]
+    received: list[bytes] = []
+
+    class Server(Protocol):
+        def dataReceived(self, data: bytes) -> None:  # noqa: ARG002  # whatever is asked
+            self.say()
+
+        def say(self) -> None:
+            assert self.transport is not None
+            self.transport.write(pieces.pop(0))
+
+    server = Server()
+    port = reactor.listenTCP(0, Factory.forProtocol(lambda: server), interface="127.0.0.1")
+    client = LlamaClient.at(reactor, "main", f"http://127.0.0.1:{port.getHost().port}", None)
+
+    def receive(data: bytes) -> None:
+        received.append(data)
+        if pieces:
+            server.say()
+
+    await (await client.messages({})).stream(receive)
+    assert received == [b"onetwo", b"three", b"four"]
+    await maybeDeferred(port.stopListening)

@@ -184,14 +184,29 @@ def test_a_compressed_body_is_no_body() -> None:
     assert house.main.held == []
 
 
+def test_a_server_is_asked_to_pack_nothing() -> None:
+    """What it packs all the same is not unpacked: nothing small becomes large here."""
+    scene = Scene.of("anthropic")
+    browser = scene.house.ask(turn())
+    request: Request = scene.there.held[0].request
+    assert request.getHeader("accept-encoding") == "identity"
+    request.setResponseCode(400)
+    request.setHeader("content-encoding", "gzip")
+    said = {"type": "error", "error": {"type": "invalid_request_error", "message": "unpacked"}}
+    request.write(gzip.compress(orjson.dumps(said)))
+    request.finish()
+    scene.house.settle()
+    assert browser.status == 400
+    assert b"unpacked" not in browser.body
+
+
 def test_an_answer_without_end_is_ended() -> None:
-    """A server whose short answer is packed small and unpacks large is hung up on."""
+    """A server whose short answer goes on and on is hung up on."""
     scene = Scene.of("anthropic")
     browser = scene.house.ask(turn())
     request: Request = scene.there.held[0].request
     request.setResponseCode(400)
-    request.setHeader("content-encoding", "gzip")
-    request.write(gzip.compress(bytes(80 * 1024 * 1024), 9))
+    request.write(bytes(80 * 1024 * 1024))
     scene.house.settle()
     assert browser.status == 500
     assert "sent more than" in browser.json["error"]["message"]
