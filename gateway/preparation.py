@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache, partial
 from hashlib import blake2b
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 import orjson
@@ -21,10 +21,9 @@ from twisted.logger import Logger
 
 from gateway.config import RouteRule
 from gateway.ledger import Record
-from gateway.policy import calls, order, patience, prefix, routes, schema
+from gateway.policy import calls, order, patience, prefix, routes
 from gateway.policy.calls import Call
 from gateway.policy.routes import Route
-from gateway.policy.schema import Form
 from gateway.policy.template import Template
 from gateway.tier.line import Ticket
 from gateway.tier.tier import Tier
@@ -32,6 +31,9 @@ from gateway.wire import openai
 from gateway.wire.chat import AS_MANY_AS_FIT
 from gateway.wire.errors import ApiError, down, invalid, prompt_too_long
 from gateway.wire.request import MessagesRequest
+
+if TYPE_CHECKING:
+    from gateway.policy.schema import Form
 
 Json = Any
 
@@ -313,6 +315,8 @@ def _form(request: MessagesRequest, tier: Tier) -> Form | None:
     """
     if request.schema is None or not _is_held(tier):
         return None
+    from gateway.policy import schema  # its libraries are large, and not everybody asks for one
+
     return schema.read(request.schema)
 
 

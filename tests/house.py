@@ -407,6 +407,16 @@ class Household:
                 agent.flush()
             self.clock.advance(0)
 
+    def forget(self) -> None:
+        """Let go of what a test may look at: what the servers were asked, and over what."""
+        for llama in (self.main, self.small):
+            llama.held.clear()
+            llama.asked.clear()
+        for agent in self._agents:
+            network = agent._memoryReactor  # it keeps all connections
+            network.tcpClients.clear()
+            network.connectors.clear()
+
     def wait(self, seconds: float) -> None:
         """Let time pass."""
         self.settle()

@@ -6,18 +6,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from hashlib import blake2b
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 from twisted.internet.interfaces import IReactorTime
 from twisted.web.iweb import IAgent
 
 from gateway.policy import grammar
-from gateway.policy.schema import Form
 from gateway.policy.template import Template
 from gateway.upstream import Answer, Completion, Health, Props, Upstream, agent_for
 from gateway.wire import bare, chat
 from gateway.wire.errors import ApiError, from_upstream
+
+if TYPE_CHECKING:
+    from gateway.policy.schema import Form
 
 Json = Any
 

@@ -11,13 +11,12 @@ of its own it holds no bounds of fractions, and lets words go on for ever.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
 from gateway.policy import grammar, prefix
 from gateway.policy.bounded import bounded
-from gateway.policy.schema import Form
 from gateway.policy.template import SWITCHES, Template
 from gateway.remote.place import Place, listed
 from gateway.upstream import Answer, Completion
@@ -27,6 +26,9 @@ from gateway.wire.errors import ApiError
 from gateway.wire.events import Assembly, Repair
 from gateway.wire.request import MessagesRequest
 from gateway.wire.sse import EventTooLong
+
+if TYPE_CHECKING:
+    from gateway.policy.schema import Form
 
 Json = Any
 

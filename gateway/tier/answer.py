@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import attrs
 from twisted.internet.defer import CancelledError, Deferred
@@ -24,7 +24,6 @@ from twisted.internet.defer import TimeoutError as TimedOut
 from twisted.internet.interfaces import IDelayedCall, IPushProducer, IReactorTime
 from twisted.python.failure import Failure
 
-from gateway.policy.schema import Form
 from gateway.tier import constrained
 from gateway.tier.line import Ticket
 from gateway.tier.tier import Tier
@@ -42,6 +41,9 @@ from gateway.wire.events import (
 )
 from gateway.wire.pulse import Rung, Times, Told
 from gateway.wire.sse import EventTooLong
+
+if TYPE_CHECKING:
+    from gateway.policy.schema import Form
 
 Json = Any
 

@@ -14,15 +14,17 @@ tokens: an emoji may take four.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
 from attrs import evolve
 
-from gateway.policy.schema import Form
 from gateway.policy.shapes import AnyObject
 from gateway.upstream import Completion
 from gateway.wire import chat
 from gateway.wire.errors import ApiError
+
+if TYPE_CHECKING:
+    from gateway.policy.schema import Form
 
 Json = Any
 
