@@ -20,6 +20,7 @@ import attrs
 import orjson
 from hyperlink import EncodedURL
 from twisted.internet import ssl
+from twisted.internet.abstract import FileDescriptor
 from twisted.internet.defer import CancelledError, Deferred, succeed
 from twisted.internet.defer import TimeoutError as TimedOut
 from twisted.internet.endpoints import HostnameEndpoint, clientFromString, wrapClientTLS
@@ -563,6 +564,19 @@ def _in_words(error: object) -> str:
     return str(reasons[0].value if reasons else error)
 
 
+def send_now(transport: object) -> None:
+    """
+    Let what was written to `transport` leave now.
+
+    The reactor would come to it after everything else that has to be done in this turn of it.  If
+    the system does not take all, the reactor goes on with it, and finds what is wrong, as ever.
+    """
+    if not isinstance(transport, FileDescriptor):
+        return  # it is encrypted, or a test's
+    if transport.connected and not transport.disconnecting:
+        transport.doWrite()
+
+
 def agent_for(reactor: Any, url: str, ca_file: Path | None = None) -> IAgent:
     """
     What asks the one server at `url`, and no other.
@@ -678,7 +692,9 @@ class _Direct:
                 gathered.connection = connection
                 return cast("IResponse", gathered)
 
-            return connection.request(request).addCallback(gather)
+            answered = connection.request(request).addCallback(gather)
+            send_now(connection.transport)
+            return answered
 
         connecting: Deferred[Any] = self.endpoint.connect(self._connections)
         return connecting.addCallback(ask)

@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Final
 import attrs
 import orjson
 from klein import Klein
-from twisted.internet.abstract import FileDescriptor
 from twisted.internet.defer import CancelledError, Deferred, DeferredList
 from twisted.internet.defer import TimeoutError as TimedOut
 from twisted.internet.error import ConnectionClosed
@@ -21,7 +20,7 @@ from werkzeug.exceptions import HTTPException, MethodNotAllowed
 from gateway.capture import MOST, Capture
 from gateway.dispatch import Dispatch
 from gateway.policy.routes import MODEL_PREFIX
-from gateway.upstream import Props
+from gateway.upstream import Props, send_now
 from gateway.web.access import BoundedRequest, nothing_there, speaks_openai, write_error
 from gateway.web.dashboard import Dashboard
 from gateway.web.metrics import CONTENT_TYPE, Metrics
@@ -79,7 +78,8 @@ class Reply:
         if self.told is not None and len(self.told) < MOST:
             self.told += data
         self.request.write(data)
-        self._send()
+        if self.request.channel is not None:
+            send_now(self.request.channel.transport)
 
     def meet(self, producer: IPushProducer) -> None:
         if self.request.channel is not None:  # it is None once the client has left
@@ -95,19 +95,6 @@ class Reply:
         if self.request.channel is not None:
             self._severed = self.request.notifyFinish()
             self.request.channel.forceAbortClient()
-
-    def _send(self) -> None:
-        """
-        Let what is written leave now.
-
-        The reactor would come to it when everything else is done that this piece of the answer
-        brought with it.  If the connection does not take it, the reactor finds that out as ever.
-        """
-        transport = None if self.request.channel is None else self.request.channel.transport
-        if not isinstance(transport, FileDescriptor):
-            return  # it is encrypted, or a test's
-        if transport.connected and not transport.disconnecting:
-            transport.doWrite()
 
     async def severed(self) -> None:
         """
