@@ -131,7 +131,7 @@ async def from_model(
         answer = await turn.ask(body, started, partial(tier.client.messages, body, headers))
         teller.commit()
         watch = tier.pace.watch(body)
-        tier.progress.expect(ticket.name, ticket.seen())
+        tier.progress.expect(ticket.name, ticket.seen)
 
         def receive(chunk: bytes) -> None:
             told: list[Event] = []

@@ -2,7 +2,7 @@
 How long a call would take on one model.
 
 How fast it is and how much of a prompt it has seen before are learnt from the answers that went
-through.  What was seen is remembered as digests of a prompt's parts, in the order in which
+through.  What was seen is remembered as hashes of a prompt's parts, in the order in which
 templates render them, never as text; that the server still holds it is likely, not certain.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import partial
-from hashlib import blake2b
 from itertools import takewhile
 from typing import Any, Final
 
@@ -22,7 +21,7 @@ from gateway.wire.events import Usage
 
 Json = Any
 
-#: Prompts that are remembered: 24 bytes for each of their messages.
+#: Prompts that are remembered: about 100 bytes for each of their messages.
 _REMEMBERED: Final = 32
 
 #: What an older measurement counts for, beside each new one.
@@ -48,8 +47,8 @@ class Rate:
         return self._tokens / self._seconds if self._seconds else None
 
 
-#: The parts of a prompt: a digest and a length in bytes each.
-_Parts = tuple[tuple[bytes, int], ...]
+#: The parts of a prompt: a hash, good for this process, and a length in bytes each.
+_Parts = tuple[tuple[int, int], ...]
 
 
 @attrs.define(eq=False)
@@ -141,7 +140,7 @@ def _parts(body: Mapping[str, Json]) -> _Parts:
     """`body` in the order in which templates render it."""
     parts = [body.get("tools"), body.get("system"), *body["messages"]]
     written = [orjson.dumps(part) for part in parts]
-    return tuple((blake2b(part, digest_size=16).digest(), len(part)) for part in written)
+    return tuple((hash(part), len(part)) for part in written)
 
 
 def _common(one: _Parts, other: _Parts) -> int:

@@ -207,17 +207,12 @@ class Progress:
         self._count(known, tokens)
         self._wake()
 
-    def expect(self, call: str, seen: float) -> None:
-        """Of the prompt of `call` the server has likely kept this share."""
+    def expect(self, call: str, seen: Callable[[], float]) -> None:
+        """Of the prompt of `call` the server has likely kept the share that `seen` gives."""
         known = self._calls.get(call)
-        if known is not None:
-            known.seen = seen
+        if known is not None and known.total is not None:  # else nobody can tell its time
+            known.seen = seen()
             self._count(known, known.total)
-
-    def counted(self, call: str, tokens: int) -> None:
-        """The prompt of `call` was counted only now."""
-        if call in self._calls:
-            self._count(self._calls[call], tokens)
 
     def token(self, call: str) -> None:
         """The first token of the answer came; the later ones change nothing."""

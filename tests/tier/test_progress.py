@@ -120,8 +120,6 @@ def test_the_progress_of_a_prompt_that_nobody_counted() -> None:
     clock.advance(3)
     progress.hear(Prefilling(0, 7, 0.70, evaluated=400))
     assert progress.of("a") == Prefill(None, None, 0.70, 50.0, 12.0)
-    progress.counted("a", 2000)
-    assert progress.of("a") == Prefill(1400, 2000, 0.70, 50.0, 12.0)
 
 
 def test_the_speed_is_that_of_late() -> None:
@@ -147,9 +145,9 @@ def test_before_the_first_word_the_pace_tells() -> None:
     assert progress.of("a") == Prefill(total=1000, seconds_left=3.0)
     progress.begin("b")
     assert progress.of("b") == NOTHING
-    progress.counted("b", 1000)
-    assert progress.of("b") == Prefill(total=1000, seconds_left=10.0)
-    progress.counted("nobody", 1000)
+    progress.expect("a", lambda: 0.9)
+    assert progress.of("a") == Prefill(total=1000, seconds_left=0.0)
+    progress.expect("nobody", lambda: 0.9)
 
 
 def test_with_the_first_token_the_prefill_is_over() -> None:
