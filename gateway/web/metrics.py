@@ -9,14 +9,18 @@ calls, but neither its waits nor its tokens are: no model worked for it.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
+from itertools import accumulate, chain
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Final
 
 import attrs
 import psutil
-from prometheus_client import CollectorRegistry, Histogram, ProcessCollector
+from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.registry import Collector
@@ -80,6 +84,21 @@ _CACHE: Final = (
     ),
 )
 
+#: What is said of each tier's line, likewise.
+_LINE: Final = (
+    ("waiting", "claudegw_waiting_calls", "Calls that wait, in line or for a server."),
+    ("line.running", "claudegw_running_calls", "Calls that have a slot."),
+    (
+        "line.settling",
+        "claudegw_settling_slots",
+        "Slots that may still work for a client that left.",
+    ),
+    ("config.slots", "claudegw_slots", "Slots that there are."),
+)
+
+#: What must not stand in the value of a label as it is.
+_ESCAPED: Final = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
+
 
 @attrs.define(eq=False)
 class Metrics:
@@ -93,32 +112,20 @@ class Metrics:
 
     dispatch: Dispatch
     version: str
-    _registry: CollectorRegistry = attrs.field(factory=CollectorRegistry, init=False)
-    _calls: Counter[tuple[str, str, str]] = attrs.field(factory=Counter, init=False)
+    _process: CollectorRegistry = attrs.field(init=False)
+    _calls: Counter[str] = attrs.field(factory=Counter, init=False)
     _generated: Counter[str] = attrs.field(factory=Counter, init=False)
-    _waits: Histogram = attrs.field(init=False)
-    _firsts: Histogram = attrs.field(init=False)
+    _waits: dict[str, _Seconds] = attrs.field(factory=dict, init=False)
+    _firsts: dict[str, _Seconds] = attrs.field(factory=dict, init=False)
 
     def __attrs_post_init__(self) -> None:
-        self._waits = _seconds(
-            "claudegw_wait_seconds",
-            "Seconds from a call's arrival to its turn, or to its leaving the line.",
-            "tier",
-            "background",
-        )
-        self._firsts = _seconds(
-            "claudegw_first_content_seconds",
-            "Seconds from a call's turn to the first content of its answer.",
-            "tier",
-        )
+        self._process = _process()
         self.dispatch.ledger.heard.append(self._hear)
-        for collect in (self._counted, self._looked_up):
-            self._registry.register(_Collected(collect))
-        _process(self._registry)
 
     def text(self) -> bytes:
-        """All of it, as `CONTENT_TYPE`; OpenMetrics takes half as long again to write."""
-        return generate_latest(self._registry)
+        """All of it, as `CONTENT_TYPE`; written here, since scrapes come while streams go on."""
+        said = chain(self._counted(), self._looked_up())
+        return "".join(said).encode() + generate_latest(self._process)
 
     # --- what the ledger tells --------------------------------------------------------------------
 
@@ -127,110 +134,89 @@ class Metrics:
         kind, outcome = call["kind"], outcome_of(call["outcome"])
         tier = call["tier"] or "none"
         known = kind if kind in KINDS else "other" if kind else "unknown"
-        self._calls[known, tier, outcome] += 1
+        self._calls[_labels(kind=known, tier=tier, outcome=outcome)] += 1
         if kind == "count" or not call["tier"] or outcome in ("refused", "overloaded"):
             return
-        background = "true" if call["background"] else "false"
-        self._waits.labels(tier, background).observe(call["waited"])
-        self._generated[tier] += call["output"]
+        of_tier = _labels(tier=tier)
+        waits = _labels(tier=tier, background="true" if call["background"] else "false")
+        self._waits.setdefault(waits, _Seconds()).add(call["waited"])
+        self._generated[of_tier] += call["output"]
         if call["first"] is not None:
-            self._firsts.labels(tier).observe(call["first"])
+            self._firsts.setdefault(of_tier, _Seconds()).add(call["first"])
 
-    def _counted(self) -> Iterator[Metric]:
-        calls = CounterMetricFamily(
-            "claudegw_calls", "Calls that are over.", labels=["kind", "tier", "outcome"]
+    def _counted(self) -> Iterator[str]:
+        yield _counter("claudegw_calls", "Calls that are over.", self._calls)
+        yield _counter("claudegw_generated_tokens", "Tokens that were generated.", self._generated)
+        yield _histogram(
+            "claudegw_wait_seconds",
+            "Seconds from a call's arrival to its turn, or to its leaving the line.",
+            self._waits,
         )
-        for labels, number in self._calls.items():
-            calls.add_metric(labels, number)
-        generated = CounterMetricFamily(
-            "claudegw_generated_tokens", "Tokens that were generated.", labels=["tier"]
+        yield _histogram(
+            "claudegw_first_content_seconds",
+            "Seconds from a call's turn to the first content of its answer.",
+            self._firsts,
         )
-        for tier, tokens in self._generated.items():
-            generated.add_metric([tier], tokens)
-        yield from (calls, generated)
-        for histogram in (self._waits, self._firsts):
-            for family in histogram.collect():
-                # When each was begun is a series more for each, and nobody's question.
-                family.samples = [
-                    each for each in family.samples if not each.name.endswith("_created")
-                ]
-                yield family
 
     # --- what is looked up ------------------------------------------------------------------------
 
-    def _looked_up(self) -> Iterator[Metric]:
-        version = GaugeMetricFamily("claudegw_info", "This gateway.", labels=["version"])
-        version.add_metric([self.version], 1)
-        yield version
-        yield GaugeMetricFamily(
+    def _looked_up(self) -> Iterator[str]:
+        yield _gauge("claudegw_info", "This gateway.", {_labels(version=self.version): 1})
+        yield _gauge(
             "claudegw_timers",
             "Timers that are set; without calls they come back to the same few.",
-            len(self.dispatch.reactor.getDelayedCalls()),
+            {"": len(self.dispatch.reactor.getDelayedCalls())},
         )
-        yield from self._lines()
+        for figure, name, what in _LINE:
+            yield _gauge(name, what, self._by_tier(figure))
         yield from self._servers()
-        yield from self._caches()
+        for figure, name, what in _CACHE:
+            yield _counter(name, what, self._by_tier(f"cache.numbers.{figure}"))
+        yield from self._stores()
         history = self.dispatch.ledger.history
         if history is not None:
-            rows = CounterMetricFamily(
+            results = ("written", "dropped", "lost")
+            yield _counter(
                 "claudegw_ledger_rows",
                 "Rows of the ledger on the disk, by what became of them.",
-                labels=["result"],
+                {_labels(result=result): getattr(history, result) for result in results},
             )
-            for result in ("written", "dropped", "lost"):
-                rows.add_metric([result], getattr(history, result))
-            yield rows
 
-    def _lines(self) -> Iterator[Metric]:
-        waiting = _by_tier("claudegw_waiting_calls", "Calls that wait, in line or for a server.")
-        running = _by_tier("claudegw_running_calls", "Calls that have a slot.")
-        settling = _by_tier(
-            "claudegw_settling_slots", "Slots that may still work for a client that left."
-        )
-        slots = _by_tier("claudegw_slots", "Slots that there are.")
-        for name, tier in self.dispatch.tiers.items():
-            waiting.add_metric([name], tier.waiting)
-            running.add_metric([name], tier.line.running)
-            settling.add_metric([name], tier.line.settling)
-            slots.add_metric([name], tier.config.slots)
-        yield from (waiting, running, settling, slots)
+    def _by_tier(self, figure: str) -> dict[str, float]:
+        """A figure of each tier, by what it is called there."""
+        found = attrgetter(figure)
+        return {_labels(tier=name): found(tier) for name, tier in self.dispatch.tiers.items()}
 
-    def _servers(self) -> Iterator[Metric]:
-        states = GaugeMetricFamily(
+    def _servers(self) -> Iterator[str]:
+        ours = {name: tier.child for name, tier in self.dispatch.tiers.items() if tier.child}
+        yield _gauge(
             "claudegw_server_state",
             "1 for the state that a server of ours is in.",
-            labels=["tier", "state"],
+            {
+                _labels(tier=name, state=state.value): int(child.state is state)
+                for name, child in ours.items()
+                for state in State
+            },
         )
-        starts = CounterMetricFamily(
+        yield _counter(
             "claudegw_server_starts",
             "Starts of a server of ours; all but the first are restarts.",
-            labels=["tier"],
+            {_labels(tier=name): child.starts for name, child in ours.items()},
         )
-        for name, tier in self.dispatch.tiers.items():
-            if tier.child is not None:
-                for state in State:
-                    states.add_metric([name, state.value], tier.child.state is state)
-                starts.add_metric([name], tier.child.starts)
-        yield from (states, starts)
 
-    def _caches(self) -> Iterator[Metric]:
-        tiers = self.dispatch.tiers
-        for figure, name, what in _CACHE:
-            family = CounterMetricFamily(name, what, labels=["tier"])
-            for tier in tiers.values():
-                family.add_metric([tier.name], getattr(tier.cache.numbers, figure))
-            yield family
+    def _stores(self) -> Iterator[str]:
         # Tiers share a store.
-        stores = {tier.cache.store for tier in tiers.values() if tier.cache.store is not None}
-        yield GaugeMetricFamily(
+        tiers = self.dispatch.tiers.values()
+        stores = {tier.cache.store for tier in tiers if tier.cache.store is not None}
+        yield _gauge(
             "claudegw_snapshots",
             "Snapshots that there are.",
-            sum(len(store.snapshots) for store in stores),
+            {"": sum(len(store.snapshots) for store in stores)},
         )
-        yield GaugeMetricFamily(
+        yield _gauge(
             "claudegw_snapshot_bytes",
             "Bytes that snapshots have on the disk.",
-            sum(store.size for store in stores),
+            {"": sum(store.size for store in stores)},
         )
 
 
@@ -247,13 +233,54 @@ def outcome_of(outcome: str) -> str:
     return _BY_STATUS.get(status, "refused" if status < 500 else "failed")
 
 
-def _seconds(name: str, what: str, *labels: str) -> Histogram:
-    """A histogram that `Metrics` collects itself."""
-    return Histogram(name, what, labels, buckets=BUCKETS, registry=None)
+# --- the text -------------------------------------------------------------------------------------
 
 
-def _by_tier(name: str, what: str) -> GaugeMetricFamily:
-    return GaugeMetricFamily(name, what, labels=["tier"])
+@attrs.define(eq=False)
+class _Seconds:
+    """How long things took: in all, and how many up to each of `BUCKETS` and beyond."""
+
+    total: float = 0.0
+    counts: list[int] = attrs.field(factory=lambda: [0] * (len(BUCKETS) + 1))
+
+    def add(self, seconds: float) -> None:
+        self.total += seconds
+        self.counts[bisect_left(BUCKETS, seconds)] += 1
+
+
+@cache
+def _labels(**labels: str) -> str:
+    """Labels as the text has them; there are few, and each scrape has them again."""
+    said = ",".join(f'{name}="{labels[name].translate(_ESCAPED)}"' for name in labels)
+    return f"{{{said}}}"
+
+
+def _gauge(name: str, what: str, figures: Mapping[str, float]) -> str:
+    return _family(name, "gauge", what, (f"{name}{at} {figures[at]}" for at in figures))
+
+
+def _counter(name: str, what: str, figures: Mapping[str, float]) -> str:
+    name += "_total"
+    return _family(name, "counter", what, (f"{name}{at} {figures[at]}" for at in figures))
+
+
+def _histogram(name: str, what: str, figures: Mapping[str, _Seconds]) -> str:
+    samples: list[str] = []
+    for at, seconds in figures.items():
+        up_to = list(accumulate(seconds.counts))
+        samples += [
+            f'{name}_bucket{at[:-1]},le="{bound}"}} {count}'
+            for bound, count in zip((*BUCKETS, "+Inf"), up_to, strict=True)
+        ]
+        samples += [f"{name}_count{at} {up_to[-1]}", f"{name}_sum{at} {seconds.total}"]
+    return _family(name, "histogram", what, samples)
+
+
+def _family(name: str, kind: str, what: str, samples: Iterable[str]) -> str:
+    return "\n".join((f"# HELP {name} {what}", f"# TYPE {name} {kind}", *samples, ""))
+
+
+# --- the process ----------------------------------------------------------------------------------
 
 
 @attrs.define(eq=False)
@@ -266,16 +293,15 @@ class _Collected(Collector):
         return self._collect()
 
 
-# --- the process ----------------------------------------------------------------------------------
-
-
-def _process(registry: CollectorRegistry) -> None:
-    """Have the figures of this process, by the usual names, whatever system it is on."""
+def _process() -> CollectorRegistry:
+    """The figures of this process, by the usual names, whatever system it is on."""
+    registry = CollectorRegistry()
     if Path("/proc/stat").exists():
         ProcessCollector(registry=registry)
     else:
         # This process may fork before it is asked: it daemonizes.
         registry.register(_Collected(lambda: process_figures(psutil.Process())))
+    return registry
 
 
 def process_figures(process: psutil.Process) -> Iterator[Metric]:

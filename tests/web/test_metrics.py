@@ -292,6 +292,13 @@ def test_no_client_chooses_a_label(house: Household) -> None:
             assert "evil" not in str(sample)
 
 
+def test_a_label_can_have_any_value(house: Household) -> None:
+    """Whoever names a tier may use what the text uses itself."""
+    evil = 'evil"}\n\\'
+    house.api.metrics.version = evil
+    assert Scraped.of(house).value("claudegw_info", version=evil) == 1
+
+
 def test_a_kind_that_is_not_known_here_is_another(house: Household) -> None:
     """Whoever writes it down."""
     ledger = house.api.dispatch.ledger
