@@ -23,6 +23,7 @@ ABOUT: Final = {
     "cli": "the command",
     "commands": "beside the running gateway",
     "config": "gw.toml as frozen values",
+    "connection": "one request, one connection",
     "daemon": "launchd, systemd, log",
     "dispatch": "the way of one call",
     "figures": "numbers in words",

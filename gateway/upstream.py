@@ -9,39 +9,24 @@ the work (docs/protocol.md, "Cancellation").
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from enum import Enum
-from pathlib import Path
 from typing import Any, Final, Protocol, cast
-from urllib.parse import urlsplit
 
 import attrs
 import orjson
 from hyperlink import EncodedURL
-from twisted.internet import ssl
-from twisted.internet.abstract import FileDescriptor
-from twisted.internet.defer import CancelledError, Deferred, succeed
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.defer import TimeoutError as TimedOut
-from twisted.internet.endpoints import HostnameEndpoint, clientFromString, wrapClientTLS
 from twisted.internet.error import (
     ConnectError,
     ConnectingCancelledError,
     ConnectionClosed,
     DNSLookupError,
 )
-from twisted.internet.interfaces import (
-    IConsumer,
-    IPushProducer,
-    IReactorTime,
-    IStreamClientEndpoint,
-    ITransport,
-)
-from twisted.internet.protocol import Factory
+from twisted.internet.interfaces import IPushProducer, IReactorTime
 from twisted.internet.protocol import Protocol as Receiver
-from twisted.python.components import proxyForInterface
 from twisted.python.failure import Failure
-from twisted.web._newclient import HTTP11ClientProtocol, Request
 from twisted.web.client import (
     RequestGenerationFailed,
     RequestTransmissionFailed,
@@ -51,10 +36,9 @@ from twisted.web.client import (
 )
 from twisted.web.http import PotentialDataLoss
 from twisted.web.http_headers import Headers
-from twisted.web.iweb import IAgent, IBodyProducer, IResponse
-from zope.interface import implementer
+from twisted.web.iweb import IAgent, IResponse
 
-from gateway.config import upstream_endpoint
+from gateway.connection import DONE, Whole
 from gateway.policy.template import Template
 from gateway.wire.errors import ApiError, unavailable
 from gateway.wire.request import MessagesRequest
@@ -68,18 +52,8 @@ PATIENCE: Final = 60.0
 #: The same for the question how it is.
 _HEALTH_PATIENCE: Final = 10.0
 
-#: Seconds until a connection to another machine must stand.
-_CONNECTS: Final = 10.0
-
 #: Bytes that an answer to a short question may have; a template rendered is the longest.
 _LONGEST_ANSWER: Final = 64 * 1024 * 1024
-
-_CERTIFICATE: Final = re.compile(
-    rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL
-)
-
-#: Where a system keeps the certificates that it trusts, if OpenSSL was not told at its build.
-_TRUSTED: Final = Path("/etc/ssl/cert.pem")
 
 #: Headers that hold the key of a tier.
 _KEYS: Final = ("authorization", "x-api-key")
@@ -211,31 +185,6 @@ class Parser(Protocol):
         """The events that `chunk` completes, in order; raises `EventTooLong`."""
 
 
-@implementer(IBodyProducer)
-@attrs.frozen
-class _BytesBody:
-    """A request body that is all there."""
-
-    body: bytes
-
-    @property
-    def length(self) -> int:
-        return len(self.body)
-
-    def startProducing(self, consumer: IConsumer) -> Deferred[None]:
-        consumer.write(self.body)
-        return succeed(None)
-
-    def pauseProducing(self) -> None: ...
-
-    def resumeProducing(self) -> None: ...
-
-    def stopProducing(self) -> None: ...
-
-
-_DONE: Final = Failure(ResponseDone())
-
-
 @attrs.define(eq=False)
 class _Reading(Receiver):
     """
@@ -287,7 +236,7 @@ class _Reading(Receiver):
         except Exception:  # noqa: BLE001  # whatever it is, who awaits `done` gets it
             self._fail(Failure())
 
-    def connectionLost(self, reason: Failure = _DONE) -> None:
+    def connectionLost(self, reason: Failure = DONE) -> None:
         self.beside.discard(self)
         done, self.done = self.done, None
         if done is None:
@@ -499,7 +448,7 @@ class Upstream:
             method.encode("ascii"),
             (self.base + path).encode("ascii"),
             self._beside(headers or {}),
-            None if body is None else _BytesBody(orjson.dumps(body)),
+            None if body is None else Whole(orjson.dumps(body)),
         )
         self._awaited.add(awaited)
         try:
@@ -562,139 +511,3 @@ def _in_words(error: object) -> str:
     """Why a connection broke: of several reasons the first, which the others follow from."""
     reasons = getattr(error, "reasons", None)
     return str(reasons[0].value if reasons else error)
-
-
-def send_now(transport: object) -> None:
-    """
-    Let what was written to `transport` leave now.
-
-    The reactor would come to it after everything else that has to be done in this turn of it.  If
-    the system does not take all, the reactor goes on with it, and finds what is wrong, as ever.
-    """
-    if not isinstance(transport, FileDescriptor):
-        return  # it is encrypted, or a test's
-    if transport.connected and not transport.disconnecting:
-        transport.doWrite()
-
-
-def agent_for(reactor: Any, url: str, ca_file: Path | None = None) -> IAgent:
-    """
-    What asks the one server at `url`, and no other.
-
-    Args:
-        reactor: Twisted's.
-        url: as in the configuration.
-        ca_file: certificates, in PEM, that vouch for it; None for those that the system trusts.
-
-    Raises:
-        OSError: `ca_file` cannot be read.
-    """
-    endpoint: IStreamClientEndpoint
-    parts = urlsplit(url)
-    if parts.scheme == "https":
-        host = parts.hostname or ""
-        trusted = ca_file or (_TRUSTED if _TRUSTED.exists() else None)
-        roots = ssl.platformTrust() if trusted is None else _roots(trusted)
-        plain = HostnameEndpoint(reactor, host, parts.port or 443, timeout=_CONNECTS)
-        endpoint = wrapClientTLS(ssl.optionsForClientTLS(host, trustRoot=roots), plain)
-    else:
-        place = url if parts.scheme == "unix" else f"http://{parts.netloc}"
-        endpoint = clientFromString(reactor, upstream_endpoint(place))
-    return _Direct(endpoint)
-
-
-def _roots(path: Path) -> Any:
-    """The certificates in a PEM file, as what is trusted."""
-    found = _CERTIFICATE.findall(path.read_bytes())
-    return ssl.trustRootFromCertificates([ssl.Certificate.loadPEM(each) for each in found])
-
-
-@attrs.define(eq=False)
-class _Gathering(Receiver):
-    """Hands on in one piece what came in one; the chunks of HTTP's are one for each event."""
-
-    reader: Receiver
-    _pieces: list[bytes] = attrs.field(factory=list, init=False)
-
-    def makeConnection(self, transport: ITransport) -> None:  # noqa: N802  # Twisted's name
-        self.reader.makeConnection(transport)
-
-    def dataReceived(self, data: bytes) -> None:
-        self._pieces.append(data)
-
-    def hand_on(self) -> None:
-        """No more came at once."""
-        if self._pieces:
-            pieces, self._pieces = self._pieces, []
-            self.reader.dataReceived(b"".join(pieces))
-
-    def connectionLost(self, reason: Failure = _DONE) -> None:
-        self.hand_on()
-        self.reader.connectionLost(reason)
-
-
-class _Connection(HTTP11ClientProtocol):
-    """A connection for one request."""
-
-    gathering: _Gathering | None = None
-
-    def dataReceived(self, data: bytes) -> None:
-        super().dataReceived(data)
-        if self.gathering is not None:
-            self.gathering.hand_on()
-
-
-class _Gathered(proxyForInterface(IResponse)):  # type: ignore[misc]  # made by a function
-    """A response whose body is gathered."""
-
-    connection: _Connection
-
-    def deliverBody(self, reader: Receiver) -> None:  # noqa: N802  # Twisted's name
-        gathering = self.connection.gathering = _Gathering(reader)
-        self.original.deliverBody(gathering)
-        gathering.hand_on()  # what came before there was a reader
-
-
-class _Connections(Factory):
-    """Such connections."""
-
-    protocol = _Connection
-    noisy = False  # Twisted would log the start and the end of each
-
-
-@implementer(IAgent)
-@attrs.frozen
-class _Direct:
-    """
-    Asks one server, over a new connection each time.
-
-    Twisted's own agent looks for one to be used again, and has more to it that is nothing to us.
-    """
-
-    endpoint: IStreamClientEndpoint
-    _connections: _Connections = attrs.field(factory=_Connections, init=False)
-
-    def request(
-        self,
-        method: bytes,
-        uri: bytes,
-        headers: Headers | None = None,
-        bodyProducer: IBodyProducer | None = None,  # noqa: N803  # Twisted's name
-    ) -> Deferred[IResponse]:
-        _, _, host, path = uri.split(b"/", 3)
-        sent = Headers() if headers is None else headers.copy()
-        sent.setRawHeaders(b"host", [host])
-        request = Request(method, b"/" + path, sent, bodyProducer)
-
-        def ask(connection: _Connection) -> Deferred[IResponse]:
-            def gather(response: IResponse) -> IResponse:
-                gathered = _Gathered(response)
-                gathered.connection = connection
-                return cast("IResponse", gathered)
-
-            answered = connection.request(request).addCallback(gather)
-            send_now(connection.transport)
-            return answered
-
-        connecting: Deferred[Any] = self.endpoint.connect(self._connections)
-        return connecting.addCallback(ask)

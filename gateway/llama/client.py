@@ -12,9 +12,10 @@ import attrs
 from twisted.internet.interfaces import IReactorTime
 from twisted.web.iweb import IAgent
 
+from gateway.connection import agent_for
 from gateway.policy import grammar
 from gateway.policy.template import Template
-from gateway.upstream import Answer, Completion, Health, Props, Upstream, agent_for
+from gateway.upstream import Answer, Completion, Health, Props, Upstream
 from gateway.wire import bare, chat
 from gateway.wire.errors import ApiError, from_upstream
 

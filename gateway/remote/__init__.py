@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any, Final
 
 from gateway.config import Tier
+from gateway.connection import agent_for
 from gateway.remote.anthropic import Anthropic
 from gateway.remote.openai import OpenAI
-from gateway.upstream import Remote, agent_for
+from gateway.upstream import Remote
 
 _KINDS: Final[dict[str, type[Anthropic | OpenAI]]] = {
     "anthropic": Anthropic,

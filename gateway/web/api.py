@@ -18,9 +18,10 @@ from twisted.python.failure import Failure
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from gateway.capture import MOST, Capture
+from gateway.connection import send_now
 from gateway.dispatch import Dispatch
 from gateway.policy.routes import MODEL_PREFIX
-from gateway.upstream import Props, send_now
+from gateway.upstream import Props
 from gateway.web.access import BoundedRequest, nothing_there, speaks_openai, write_error
 from gateway.web.dashboard import Dashboard
 from gateway.web.metrics import CONTENT_TYPE, Metrics
