@@ -237,7 +237,7 @@ def _readable(connections: Any, seconds: float = 0) -> list[socket.socket]:
     with selectors.DefaultSelector() as found:
         for connection in connections:
             found.register(connection, selectors.EVENT_READ)
-        return [key.fileobj for key, _ in found.select(seconds)]  # type: ignore[misc]
+        return [key.fileobj for key, _ in found.select(seconds)]  # type: ignore[misc]  # sockets alone
 
 
 def pipelined(count: int, port: int) -> str:

@@ -221,7 +221,7 @@ class Connection(asyncio.Protocol):
         # The client is gone, whatever of the answer is not sent yet.
         self._transport.abort()
 
-    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002  # left is left
         if self._timer is not None:
             self._timer.cancel()
         if (entry := self._entry) is None:

@@ -126,14 +126,19 @@ def a_turn(body: Json, tokens: int | None = None) -> Call:
     """A turn; its usage must say `tokens`, where they were counted before."""
     size = "long" if "system" in body else "short"
     how = "stream" if body["stream"] else "whole"
+    return Call(f"turn, {size}, {how}", body, fault=and_counted(silence, tokens))
 
-    def fault(answer: Json) -> str:
+
+def and_counted(fault: Callable[[Json], str], tokens: int | None) -> Callable[[Json], str]:
+    """As `fault`; and the usage must say `tokens`, where they were counted before."""
+
+    def both(answer: Json) -> str:
         usage = answer["usage"]
         seen = usage["input_tokens"] + (usage.get("cache_read_input_tokens") or 0)
         miscounted = "" if tokens in (None, seen) else f"{seen} tokens in, not {tokens}"
-        return silence(answer) or miscounted
+        return fault(answer) or miscounted
 
-    return Call(f"turn, {size}, {how}", body, fault=fault)
+    return both
 
 
 def silence(answer: Json) -> str:

@@ -9,19 +9,9 @@ import attrs
 import pytest
 
 from bench.house import House, Size
-from bench.load import (
-    BUDGETS,
-    LONGEST,
-    OFTEN,
-    Deck,
-    Load,
-    Session,
-    calls,
-    least,
-    results,
-    stage_of,
-)
+from bench.load import BUDGETS, Load, calls, least, results, stage_of
 from bench.persistent import Call, Ended, Outcome
+from bench.sessions import LONGEST, OFTEN, Deck, Session
 
 DECK = Deck(random.Random(1))
 
