@@ -32,7 +32,7 @@ def check_door(gateway: Gateway) -> None:
             machines and no token is asked for.
     """
     try:
-        endpoint = serverFromString(None, gateway.listen)
+        endpoint = serverFromString(None, gateway.endpoint)
         adopted = isinstance(endpoint, AdoptedStreamServerEndpoint)
         address = _bound_to(endpoint.fileno) if adopted else None
     except LookupError:
