@@ -84,15 +84,10 @@ class Prepared:
         """What the line is told of it; `content` is called at the first content of its answer."""
         call, body, record = self.call, self.body, self.record
 
-        def key() -> bytes:
-            # Not max_tokens: an older client that asks again without a stream asks for fewer.
-            prompt = {name: body[name] for name in body if name != "max_tokens"}
-            return blake2b(orjson.dumps([call.conversation, prompt]), digest_size=16).digest()
-
         return Ticket(
             order.rank(call, self.route),
             call.conversation if call.is_in_conversation else "",
-            key,
+            partial(_digest, call.conversation, body),
             record.id,
             self.tokens,
             cache(partial(self.tier.pace.seen, body)),
@@ -283,11 +278,7 @@ class Preparation:
 
 
 def identity(request: MessagesRequest, headers: Mapping[str, str]) -> bytes:
-    """
-    Tells a call from others, wherever it goes, and is the same when its client sends it again.
-
-    A client that sends a call again may do so without a stream, and then ask for fewer tokens.
-    """
+    """Tells a call from others, wherever it goes; the same when its client sends it again."""
     conversation, body = "", request.body
     if isinstance(request, openai.Bare):
         body = request.prepared
@@ -296,6 +287,11 @@ def identity(request: MessagesRequest, headers: Mapping[str, str]) -> bytes:
         conversation = call.conversation
         with suppress(ApiError):  # no llama-server would take it, but another may
             body = prefix.prepare(_meant(request, call), Template(vision=True))
+    return _digest(conversation, body)
+
+
+def _digest(conversation: str, body: Mapping[str, Json]) -> bytes:
+    """Of all but what changes when an older client asks again: no stream, and fewer tokens."""
     prompt = {name: body[name] for name in body if name not in ("max_tokens", "stream")}
     return blake2b(orjson.dumps([conversation, prompt]), digest_size=16).digest()
 
