@@ -151,7 +151,7 @@ def loglines_hold(data: bytes) -> None:
 _FULL: Final[Json] = {
     "gateway": {
         "listen": "tcp:9090:interface=127.0.0.1",
-        "state_dir": "/tmp/a",
+        "state_dir": "state",
         "token": "t",
         "hosts": ["a"],
         "url": "http://a:1",
