@@ -56,10 +56,14 @@ def _drawn(each: Finding) -> list[RenderableType]:
 
 def _sum(found: Sequence[Finding]) -> Text:
     counts = {status: sum(each.status == status for each in found) for status in _LOOKS}
-    rest = f" ({counts['problem']} problems, {counts['warning']} warnings)"
+    rest = f" ({_many(counts['problem'], 'problem')}, {_many(counts['warning'], 'warning')})"
     if would_work(list(found)):
         return Text("Claude Code would work." + rest, style="green")
     return Text("Claude Code would not work yet." + rest, style="bold red")
+
+
+def _many(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _plain(text: str) -> str:

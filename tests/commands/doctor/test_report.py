@@ -35,8 +35,8 @@ def test_a_remedy_stays_on_one_line() -> None:
 
 def test_it_says_what_follows() -> None:
     """A problem keeps Claude Code from working; a warning does not."""
-    assert "Claude Code would work. (0 problems, 1 warnings)" in shown(OK, SLOW)
-    assert "would not work yet. (1 problems, 1 warnings)" in shown(OK, BAD, SLOW)
+    assert "Claude Code would work. (0 problems, 1 warning)" in shown(OK, SLOW)
+    assert "would not work yet. (1 problem, 1 warning)" in shown(OK, BAD, SLOW)
 
 
 def test_a_server_cannot_steer_the_terminal() -> None:
