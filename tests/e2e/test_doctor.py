@@ -54,6 +54,11 @@ def wrong_answers(found: Found) -> list[dict[str, str]]:
     return [each for each in found["main.round-trip"] if not each["found"].startswith("tool: the")]
 
 
+def miscounts(found: Found) -> list[dict[str, str]]:
+    """Of the round-trips those whose count is not what the call used."""
+    return [each for each in found["main.round-trip"] if each["found"].startswith("count")]
+
+
 @contextmanager
 def gateway_on(folder: Path, **flags: Any) -> Iterator[Running]:
     """A gateway in front of one real server with these flags."""
@@ -164,15 +169,18 @@ def test_a_server_that_counts_wrongly(small_server: Running, tmp_path: Path) -> 
     with lying(small_server) as url:
         gateway = start_gateway(tmp_path, {"main": {"url": url, "slots": 2}})
         try:
-            status, found = doctor(tmp_path)
+            # Now and then llama-server forgets to say what a call used; its count stands for it.
+            for _ in range(3):
+                status, found = doctor(tmp_path)
+                if wrong := miscounts(found):
+                    break
         finally:
             gateway.stop()
     assert status == 1
-    [wrong] = [each for each in found["main.round-trip"] if each["found"].startswith("count")]
-    assert "nothing between it and the gateway" in wrong["remedy"]
+    assert ["nothing between it and the gateway" in each["remedy"] for each in wrong] == [True]
     gateway = start_gateway(tmp_path, {"main": {"url": small_server.url, "slots": 2}})
     try:
         _, found = doctor(tmp_path)
     finally:
         gateway.stop()
-    assert not [each for each in found["main.round-trip"] if each["found"].startswith("count")]
+    assert not miscounts(found)
