@@ -152,17 +152,35 @@ class Whole:
     def stopProducing(self) -> None: ...
 
 
-def send_now(transport: object) -> None:
+def write_now(transport: Any, data: bytes) -> None:
     """
-    Let what was written to `transport` leave now.
+    Write to `transport`, without a turn of the reactor and what it costs to ask for one.
 
-    The reactor would come to it after everything else that has to be done in this turn of it.  If
-    the system does not take all, the reactor goes on with it, and finds what is wrong, as ever.
+    If the system does not take all, the reactor goes on with it, and finds what is wrong, as ever.
     """
-    if not isinstance(transport, FileDescriptor):
-        return  # it is encrypted, or a test's
-    if transport.connected and not transport.disconnecting:
+    if _is_plain(transport) and not (transport.dataBuffer or transport._tempDataLen):  # noqa: SLF001  # there is no other way
+        sent = transport.writeSomeData(data)
+        if sent == len(data):
+            return
+        transport.write(data[sent:] if isinstance(sent, int) else data)
+    else:
+        transport.write(data)
+        send_now(transport)
+
+
+def send_now(transport: Any) -> None:
+    """As `write_now`, for what was written already."""
+    if _is_plain(transport):
         transport.doWrite()
+
+
+def _is_plain(transport: Any) -> bool:
+    """Whether bytes can go straight to the system: it is neither encrypted nor at its end."""
+    return (
+        isinstance(transport, FileDescriptor)
+        and bool(transport.connected)
+        and not transport.disconnecting
+    )
 
 
 class _Connections(Factory):

@@ -18,7 +18,7 @@ from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from threading import Thread
+from threading import Event, Thread
 from typing import Any, Final
 
 import attrs
@@ -102,6 +102,9 @@ _LAST: Final = f"SELECT {_LISTED} FROM call ORDER BY n DESC LIMIT ?"  # noqa: S6
 _QUEUE: Final = 4096
 _BATCH: Final = 1024
 
+#: Seconds from one write to the next, at least; each holds the reactor up for a moment.
+_PAUSE: Final = 0.2
+
 #: Seconds after which old rows go, also when no new ones come.
 _TIDY: Final = 3600.0
 
@@ -165,6 +168,7 @@ class History:
     lost: int = attrs.field(default=0, init=False)
     _queue: SimpleQueue[Mapping[str, Json] | None] = attrs.field(factory=SimpleQueue, init=False)
     _thread: Thread | None = attrs.field(default=None, init=False)
+    _stopping: Event = attrs.field(factory=Event, init=False)
     _connection: sqlite3.Connection | None = attrs.field(default=None, init=False)
     _said_at: float = attrs.field(default=-math.inf, init=False)
 
@@ -209,6 +213,7 @@ class History:
         thread, self._thread = self._thread, None
         if thread is not None:
             self._queue.put(None)
+            self._stopping.set()
             thread.join(_FLUSH)
 
     def status(self) -> Mapping[str, Json]:
@@ -237,6 +242,7 @@ class History:
                 self.written += len(rows)
             else:
                 self.lost += len(rows)
+            self._stopping.wait(_PAUSE)
         self._close()
 
     def _waiting(self) -> Iterator[Mapping[str, Json] | None]:

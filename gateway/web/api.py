@@ -18,7 +18,6 @@ from twisted.python.failure import Failure
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from gateway.capture import MOST, Capture
-from gateway.connection import send_now
 from gateway.dispatch import Dispatch
 from gateway.policy.routes import MODEL_PREFIX
 from gateway.upstream import Props
@@ -79,8 +78,6 @@ class Reply:
         if self.told is not None and len(self.told) < MOST:
             self.told += data
         self.request.write(data)
-        if self.request.channel is not None:
-            send_now(self.request.channel.transport)
 
     def meet(self, producer: IPushProducer) -> None:
         if self.request.channel is not None:  # it is None once the client has left

@@ -14,6 +14,7 @@ with it.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Any, Final, cast
 from uuid import uuid4
 
@@ -29,6 +30,7 @@ from twisted.web.http import Request as AnyRequest
 from twisted.web.server import Site
 from zope.interface import implementer
 
+from gateway.connection import write_now
 from gateway.web.access import Access, BoundedRequest
 from gateway.wire.errors import ApiError, invalid
 
@@ -85,6 +87,7 @@ class PoliteChannel(HTTPChannel):
     transport: Any
     abortTimeout = _FLUSH
     turned_away = False
+    _limit: float | None = None  # seconds that what is being read gets, if more of it must come
     _partial = False  # a request has begun and is not all there
     _answered: AnyRequest | None = None  # behind which another one waits
     _next: IDelayedCall | None = None
@@ -105,11 +108,15 @@ class PoliteChannel(HTTPChannel):
             return
         if not self._handlingRequest and not self._partial:
             self._partial = True
-            self._within(self.factory.limits.head)
+            self.setTimeout(None)
+            self._limit = self.factory.limits.head
             if data[0] not in _FIRST:  # TLS, for one, would wait for an answer to its greeting
                 self._respondToBadRequestAndDisconnect()
                 return
         super().dataReceived(data)
+        limit, self._limit = self._limit, None
+        if limit is not None:  # mostly it was all there
+            self._within(limit)
 
     def resetTimeout(self) -> None:
         """Nothing: a byte now and then buys no time."""
@@ -138,7 +145,7 @@ class PoliteChannel(HTTPChannel):
             decoder: Any = self._transferDecoder
             decoder._maxTrailerHeadersSize = _TRAILERS  # noqa: SLF001  # there is no other way
         if self.length != 0:
-            self._within(self.factory.limits.body)
+            self._limit = self.factory.limits.body
 
     def rawDataReceived(self, data: bytes) -> None:
         try:
@@ -147,9 +154,9 @@ class PoliteChannel(HTTPChannel):
             self.turn_away(error)
 
     def allContentReceived(self) -> None:
-        self._partial = False
+        self._partial, self._limit = False, None
         self.factory.works(self)
-        self._within(self.factory.limits.idle)  # which is what Twisted comes back to
+        self.timeOut = cast(Any, self.factory.limits.idle)  # which is what Twisted comes back to
         super().allContentReceived()
 
     def requestDone(self, request: AnyRequest) -> None:
@@ -186,12 +193,15 @@ class PoliteChannel(HTTPChannel):
 
     # --- out --------------------------------------------------------------------------------------
 
+    def writeSequence(self, iovec: Iterable[bytes]) -> None:  # noqa: N802  # Twisted's name
+        write_now(self.transport, b"".join(iovec))
+
     def turn_away(self, error: ApiError) -> None:
         """Answer `error` to a request of which the rest is not wanted, and end the connection."""
         if self.turned_away:
             return
         self._say(error)
-        self.turned_away = True
+        self.turned_away, self._limit = True, None
         self.clearLineBuffer()
         self._transferDecoder = None
         self.setTimeout(None)

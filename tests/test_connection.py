@@ -1,0 +1,125 @@
+"""How bytes leave on a connection that the system knows."""
+
+from __future__ import annotations
+
+import attrs
+import pytest
+from twisted.internet.abstract import FileDescriptor
+from twisted.internet.interfaces import IPushProducer
+from twisted.internet.testing import MemoryReactor, StringTransport
+from zope.interface import implementer
+
+from gateway.connection import send_now, write_now
+
+
+class Connection(FileDescriptor):
+    """
+    One of which the system takes so much.
+
+    Attributes:
+        takes: bytes that it takes, or why it takes none any more.
+        taken: what it took.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(reactor=MemoryReactor())  # it never comes round to anything
+        self.connected = 1
+        self.takes: int | Exception = 100
+        self.taken = b""
+
+    def writeSomeData(self, data: bytes) -> int | Exception:  # noqa: N802  # Twisted's name
+        if isinstance(self.takes, Exception):
+            return self.takes
+        now = data[: self.takes]
+        self.taken += now
+        self.takes -= len(now)
+        return len(now)
+
+    @property
+    def waits_for_the_reactor(self) -> bool:
+        assert isinstance(self.reactor, MemoryReactor)
+        return self in self.reactor.writers
+
+
+@implementer(IPushProducer)
+@attrs.define
+class Producer:
+    """Knows whether it is paused."""
+
+    paused: bool = False
+
+    def pauseProducing(self) -> None:
+        self.paused = True
+
+    def resumeProducing(self) -> None:
+        self.paused = False
+
+    def stopProducing(self) -> None:
+        """Nothing: no connection ends here."""
+
+
+@pytest.fixture
+def connection() -> Connection:
+    return Connection()
+
+
+def test_what_is_written_leaves_at_once(connection: Connection) -> None:
+    """The reactor is not even asked."""
+    write_now(connection, b"a token")
+    assert connection.taken == b"a token"
+    assert not connection.waits_for_the_reactor
+
+
+def test_what_is_written_does_not_overtake_what_waits(connection: Connection) -> None:
+    """A status that was written before it leaves before it, and both at once."""
+    connection.write(b"200 OK ")
+    write_now(connection, b"a token")
+    assert connection.taken == b"200 OK a token"
+
+
+def test_what_the_system_does_not_take_is_the_reactors(connection: Connection) -> None:
+    """Byte for byte, and in its order."""
+    connection.takes = 4
+    write_now(connection, b"0123456789")
+    write_now(connection, b"abc")
+    assert connection.taken == b"0123"
+    assert connection.waits_for_the_reactor
+    connection.takes = 100
+    connection.doWrite()
+    assert connection.taken == b"0123456789abc"
+
+
+def test_a_client_that_does_not_read_pauses_who_writes(connection: Connection) -> None:
+    """As anything that is written pauses it."""
+    producer = Producer()
+    connection.registerProducer(producer, True)
+    connection.takes = 0
+    write_now(connection, b"x" * connection.bufferSize)
+    assert not producer.paused
+    write_now(connection, b"x")
+    assert producer.paused
+    connection.takes = 2 * connection.bufferSize
+    connection.doWrite()
+    assert not producer.paused
+
+
+def test_a_connection_that_broke_is_left_to_the_reactor(connection: Connection) -> None:
+    """It finds what is wrong, and tells whom it concerns."""
+    connection.takes = ConnectionError()
+    write_now(connection, b"a token")
+    assert connection.waits_for_the_reactor
+
+
+def test_a_connection_that_ends_is_left_to_the_reactor(connection: Connection) -> None:
+    """It may be closed by what is sent last, which is the reactor's to do."""
+    connection.write(b"a token")
+    connection.loseConnection()
+    send_now(connection)
+    assert connection.taken == b""
+
+
+def test_a_connection_that_is_encrypted_is_written_to_as_ever() -> None:
+    """Nothing else may touch its bytes."""
+    transport = StringTransport()
+    write_now(transport, b"a token")
+    assert transport.value() == b"a token"
