@@ -41,8 +41,10 @@ from tests.web.test_abuse import ABUSES, HEALTH, LIMIT, POST, Abuse, chunked, he
 HEAD: Final = 2
 BODY: Final = 3
 IDLE: Final = 4
+UNREAD: Final = 2
 LIMITS: Final = (
     f"body_limit = {LIMIT}\nhead_timeout = {HEAD}\nbody_timeout = {BODY}\nidle_timeout = {IDLE}\n"
+    f"unread_timeout = {UNREAD}\n"
 )
 
 #: Connections of the flood, and those of each source address.
@@ -268,6 +270,15 @@ def unread(port: int) -> str:
     return "closed by the client"
 
 
+def unread_stream(port: int) -> str:
+    """An answer of 64 MB that the client begins to read only when it is late."""
+    with connect(port) as connection:
+        connection.sendall(post(orjson.dumps(call("flood 64000000"))))
+        time.sleep(UNREAD + 1)
+        answer = _all(connection)
+    return "whole" if answer.endswith(b"0\r\n\r\n") else "cut"
+
+
 def half_closed(raw: bytes, port: int) -> str:
     """A request, and then an end of the client's side alone."""
     with connect(port) as connection:
@@ -364,6 +375,7 @@ def everything(seconds: float) -> Iterator[tuple[str, str, Callable[[int], Count
     yield "100 requests in a segment", "100 x 200", repeated(partial(pipelined, 100))
     yield "a stream and a request", "both, in order", repeated(streamed_and_more)
     yield "1000 answers that are not read", "closed by the client", repeated(unread)
+    yield "a stream that is not read", "cut", repeated(unread_stream)
     yield "half-closed, answered", "200, ended", repeated(partial(half_closed, head(HEALTH)))
     yield "half-closed in a body", "400, ended", repeated(partial(half_closed, stream[:-9]))
     # A slot whose client has left is not used again at once.

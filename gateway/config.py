@@ -210,6 +210,7 @@ class Gateway:
         idle_timeout: seconds that a connection may stay without a request.
         head_timeout: seconds that the headers of a request may take to come.
         body_timeout: seconds that its body may take to come.
+        unread_timeout: seconds that an answer under way may wait for a client that does not read.
         grace: seconds that answers under way get to end when the service stops.
         start_after: seconds after which a waiting stream is begun before the model begins it.
         snapshot_budget: MiB that saved slots may have on the disk; 0 saves none.
@@ -237,6 +238,7 @@ class Gateway:
     idle_timeout: float = attrs.field(default=60.0, metadata=_between(1, 86_400))
     head_timeout: float = attrs.field(default=20.0, metadata=_between(1, 3600))
     body_timeout: float = attrs.field(default=120.0, metadata=_between(1, 86_400))
+    unread_timeout: float = attrs.field(default=600.0, metadata=_between(1, 86_400))
     grace: float = attrs.field(default=30.0, metadata=_between(0, 3600))
     start_after: float = attrs.field(default=500.0, metadata=_between(1, 590))
     snapshot_budget: int = attrs.field(default=32 * 1024, metadata=_between(0))

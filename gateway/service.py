@@ -379,7 +379,13 @@ def _connection_limits(config: Config, reactor: Any) -> ConnectionLimits:
             most=most,
         )
     most = min(most, gateway.max_connections)
-    return ConnectionLimits(most, gateway.idle_timeout, gateway.head_timeout, gateway.body_timeout)
+    return ConnectionLimits(
+        most,
+        gateway.idle_timeout,
+        gateway.head_timeout,
+        gateway.body_timeout,
+        gateway.unread_timeout,
+    )
 
 
 def _bounds(config: Config) -> Bounds:

@@ -55,6 +55,7 @@ def test_the_least_that_works() -> None:
     assert (gateway.token, gateway.hosts, gateway.grace) == (None, (), 30)
     assert (gateway.max_connections, gateway.idle_timeout) == (2000, 60)
     assert (gateway.head_timeout, gateway.body_timeout) == (20, 120)
+    assert gateway.unread_timeout == 600
     assert config.route == ()
 
 
@@ -73,6 +74,7 @@ def test_every_key_is_read() -> None:
         idle_timeout = 5
         head_timeout = 2.5
         body_timeout = 9
+        unread_timeout = 90
         grace = 1
         [tier.main]
         url = "unix:/run/llama.sock"
@@ -103,6 +105,7 @@ def test_every_key_is_read() -> None:
     assert (gateway.body_limit, gateway.grace) == (4096, 1.0)
     assert (gateway.max_connections, gateway.idle_timeout) == (50, 5.0)
     assert (gateway.head_timeout, gateway.body_timeout) == (2.5, 9.0)
+    assert gateway.unread_timeout == 90.0
     assert (main.url, main.slots, main.api_key) == ("unix:/run/llama.sock", 3, SECRET)
     assert (main.max_waiting, main.answer_tokens, main.schema_tokens) == (5, 100, 200)
     assert main.server is not None

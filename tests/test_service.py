@@ -634,6 +634,9 @@ def test_connections_are_bounded_as_the_file_says(estate: Estate) -> None:
     """From the start on, and by what it says later."""
     estate.stands(tier("main"))
     assert estate.house.site.limits.most == 2000
-    keys = "max_connections = 100\nidle_timeout = 5\nhead_timeout = 2\nbody_timeout = 3\n"
+    keys = (
+        "max_connections = 100\nidle_timeout = 5\nhead_timeout = 2\nbody_timeout = 3\n"
+        "unread_timeout = 4\n"
+    )
     estate.reads(keys, tier("main"))
-    assert estate.house.site.limits == ConnectionLimits(100, 5.0, 2.0, 3.0)
+    assert estate.house.site.limits == ConnectionLimits(100, 5.0, 2.0, 3.0, 4.0)

@@ -2,9 +2,9 @@
 How long a request may take to come, and how many connections may be there.
 
 A connection is either working, from the end of a request to the end of its answer, or it waits:
-for a request, or for the rest of one.  Who works is never hurried; who waits has a time limit, and
-where there are too many the one that has waited longest has to go.  So whoever opens connections
-and says nothing shuts out nobody but himself.
+for a request, or for the rest of one.  Who works is never hurried, unless it is the client who is
+waited for; who waits has a time limit, and where there are too many the one that has waited longest
+has to go.  So whoever opens connections and says nothing shuts out nobody but himself.
 
 What cannot be read gets an answer as well (`PoliteChannel.turn_away`), and then nothing more is
 read but to throw it away: a connection that is closed on a client that still sends takes the answer
@@ -66,12 +66,14 @@ class ConnectionLimits:
         idle: seconds that one may stay without a request.
         head: seconds from the first byte of a request to the end of its headers.
         body: seconds from there to its last byte.
+        unread: seconds that an answer may wait for its client to read what there is of it.
     """
 
     most: int = 2000
     idle: float = 60.0
     head: float = 20.0
     body: float = 120.0
+    unread: float = 600.0
 
 
 @implementer(IHalfCloseableProtocol)
@@ -171,10 +173,23 @@ class PoliteChannel(HTTPChannel):
         else:
             self._go_on()
 
+    def pauseProducing(self) -> None:
+        """The client does not read; its server is kept waiting, and others with it."""
+        super().pauseProducing()
+        if self._is_unread:
+            self._within(self.factory.limits.unread)
+
     def resumeProducing(self) -> None:
+        if self._is_unread:
+            self.setTimeout(None)
         super().resumeProducing()
         if self._answered is not None:
             self._go_on_soon()
+
+    @property
+    def _is_unread(self) -> bool:
+        """Whether an answer is under way that its client does not read."""
+        return self._handlingRequest and self._answered is None and self._waitingForTransport
 
     def _go_on_soon(self) -> None:
         """Once the answers so far are taken: of who does not read them none must pile up."""
@@ -239,6 +254,8 @@ class PoliteChannel(HTTPChannel):
     def timeoutConnection(self) -> None:
         if self._partial:
             self.turn_away(_TOO_SLOW)
+        elif self._is_unread:
+            self.forceAbortClient()
         else:
             self.loseConnection()
 

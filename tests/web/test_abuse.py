@@ -311,6 +311,38 @@ def test_an_answer_may_take_any_time() -> None:
     assert ended_well(house, beside)
 
 
+def test_a_client_that_stops_reading_its_stream_gives_its_slot_back() -> None:
+    """It counts as gone in the end; until then a call behind it waits."""
+    house = household(ConnectionLimits(unread=600))
+    browser = begun(house)
+    behind = send(house, post(TURN))
+    browser.protocol.pauseProducing()  # as the transport does whose buffer is full
+    house.wait(599)
+    assert not browser.wire.aborted
+    assert len(house.main.held) == 1
+    house.wait(1)
+    assert browser.wire.aborted
+    browser.leave()  # as the transport says of a connection that is no more
+    house.settle()
+    house.wait(3)
+    house.main.held[1].answer()
+    house.settle()
+    assert behind.status == 200
+
+
+def test_a_client_that_reads_again_may_take_any_time() -> None:
+    """Only a silence counts, however many there are."""
+    house = household(ConnectionLimits(unread=600))
+    browser = begun(house)
+    for _ in range(5):
+        browser.protocol.pauseProducing()
+        house.wait(500)
+        browser.protocol.resumeProducing()
+        house.wait(500)
+    assert ended_well(house, browser)
+    assert not browser.wire.aborted
+
+
 def test_who_does_not_read_the_last_answer_is_cut() -> None:
     """An answer after which the connection ends cannot hold it for ever."""
     house = household()
