@@ -10,6 +10,7 @@ many chunks it has, since a chunk is one event of a stream.
 from __future__ import annotations
 
 import re
+import socket
 from pathlib import Path
 from typing import Any, Final, cast
 from urllib.parse import urlsplit
@@ -34,6 +35,10 @@ from gateway.config import upstream_endpoint
 
 #: Seconds until a connection to another machine must stand.
 _CONNECTS: Final = 10.0
+
+#: This machine itself, and the most seconds that it may take to say whether somebody listens.
+_LOOPBACK: Final = "127.0.0.1"
+_AT_ONCE: Final = 0.002
 
 _CERTIFICATE: Final = re.compile(
     rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL
@@ -69,6 +74,8 @@ def agent_for(reactor: Any, url: str, ca_file: Path | None = None) -> IAgent:
     else:
         place = url if parts.scheme == "unix" else f"http://{parts.netloc}"
         endpoint = clientFromString(reactor, upstream_endpoint(place))
+        if parts.hostname == _LOOPBACK:
+            endpoint = _Loopback(reactor, parts.port or 80, endpoint)
     return _Direct(endpoint)
 
 
@@ -181,6 +188,35 @@ def _is_plain(transport: Any) -> bool:
         and bool(transport.connected)
         and not transport.disconnecting
     )
+
+
+@implementer(IStreamClientEndpoint)
+@attrs.frozen
+class _Loopback:
+    """
+    A port of this machine, connected to at once.
+
+    The system has answered by the time it has been asked; Twisted would look for that two turns of
+    the reactor later.  Where nobody listens, or too many wait there already, `otherwise` takes over
+    and says what is wrong.
+    """
+
+    _reactor: Any
+    _port: int
+    _otherwise: IStreamClientEndpoint
+
+    def connect(self, factory: Any) -> Deferred[Any]:
+        with socket.socket() as found:
+            found.settimeout(_AT_ONCE)
+            try:
+                found.connect((_LOOPBACK, self._port))
+                found.setblocking(False)
+                connection = factory.buildProtocol(None)
+                only = Factory.forProtocol(lambda: connection)
+                self._reactor.adoptStreamConnection(found.fileno(), found.family, only)
+            except OSError:
+                return cast("Deferred[Any]", self._otherwise.connect(factory))
+        return succeed(connection)
 
 
 class _Connections(Factory):

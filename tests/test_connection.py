@@ -1,15 +1,26 @@
-"""How bytes leave on a connection that the system knows."""
+"""How a connection is made, and how bytes leave on it."""
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Iterator
+from typing import Any
+
 import attrs
 import pytest
+import pytest_twisted
+from twisted.internet import reactor as real_reactor
 from twisted.internet.abstract import FileDescriptor
+from twisted.internet.error import ConnectionRefusedError as Refused
 from twisted.internet.interfaces import IPushProducer
 from twisted.internet.testing import MemoryReactor, StringTransport
+from twisted.internet.threads import deferToThread
+from twisted.web.iweb import IAgent
 from zope.interface import implementer
 
-from gateway.connection import send_now, write_now
+from gateway.connection import agent_for, send_now, write_now
+
+reactor: Any = real_reactor
 
 
 class Connection(FileDescriptor):
@@ -123,3 +134,56 @@ def test_a_connection_that_is_encrypted_is_written_to_as_ever() -> None:
     transport = StringTransport()
     write_now(transport, b"a token")
     assert transport.value() == b"a token"
+
+
+# --- a port of this machine -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def listening() -> Iterator[socket.socket]:
+    """One that takes one connection at a time."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        found.listen(0)
+        yield found
+
+
+def agent(listening: socket.socket) -> IAgent:
+    return agent_for(reactor, f"http://127.0.0.1:{listening.getsockname()[1]}")
+
+
+def ask(agent: IAgent) -> Any:
+    return agent.request(b"GET", b"http://localhost/health")
+
+
+@pytest_twisted.ensureDeferred  # type: ignore[untyped-decorator]
+async def test_a_request_has_left_by_the_time_that_it_is_made(listening: socket.socket) -> None:
+    """No turn of the reactor is waited for."""
+    asked = ask(agent(listening))
+    with listening.accept()[0] as server:
+        assert server.recv(65536).startswith(b"GET /health HTTP/1.1\r\n")
+        server.sendall(b"HTTP/1.1 204 Fine\r\n\r\n")
+        assert (await asked).code == 204
+
+
+@pytest_twisted.ensureDeferred  # type: ignore[untyped-decorator]
+async def test_a_port_where_nobody_listens(listening: socket.socket) -> None:
+    """Twisted says it in its own words."""
+    there = agent(listening)
+    listening.close()
+    with pytest.raises(Refused):
+        await ask(there)
+
+
+@pytest_twisted.ensureDeferred  # type: ignore[untyped-decorator]
+async def test_a_port_where_too_many_wait(listening: socket.socket) -> None:
+    """It is waited for, as long as it takes, and without holding the reactor up."""
+    there = agent(listening)
+    asked = [ask(there) for _ in range(4)]
+    for _ in asked:
+        turn: Any = deferToThread(listening.accept)
+        server, _address = await turn
+        with server:
+            await deferToThread(server.recv, 65536)
+            server.sendall(b"HTTP/1.1 204 Fine\r\n\r\n")
+    assert [(await each).code for each in asked] == [204] * 4
