@@ -138,18 +138,19 @@ class _Gathered(proxyForInterface(IResponse)):  # type: ignore[misc]  # made by 
 
 
 @implementer(IBodyProducer)
-@attrs.frozen
+@attrs.define
 class Whole:
-    """A request body that is all there."""
+    """A request body that is all there, until it is written: Twisted keeps hold of the rest."""
 
     body: bytes
+    length: int = attrs.field(init=False)
 
-    @property
-    def length(self) -> int:
-        return len(self.body)
+    def __attrs_post_init__(self) -> None:
+        self.length = len(self.body)
 
     def startProducing(self, consumer: IConsumer) -> Deferred[None]:
-        consumer.write(self.body)
+        body, self.body = self.body, b""
+        consumer.write(body)
         return succeed(None)
 
     def pauseProducing(self) -> None: ...

@@ -70,9 +70,10 @@ _SAVING: Final = 30.0
 #: pipes of servers, questions to them.
 _OWN_FILES: Final = 64
 
-#: How many objects make Python look for those that nobody can reach, and how many such looks a
-#: longer one.  By its own 700 it looks all the time while a thousand calls are under way.
-_GARBAGE: Final = (20_000, 20, 20)
+#: How many new objects make Python look for those that nobody can reach, and how many such looks a
+#: longer one.  With its own 700, 10 and 10 it looks all the time while a thousand calls are under
+#: way; what is much more than this is felt as a pause.
+_GARBAGE: Final = (2_000, 20, 20)
 
 #: Connections that there may be in any case.
 _FEWEST: Final = 16
@@ -123,6 +124,7 @@ def makeService(options: Options) -> Service:
     from twisted.internet import reactor  # importing it installs it
 
     gc.set_threshold(*_GARBAGE)
+    gc.freeze()  # what is there by now stays: nothing of it need ever be looked at
     process = Logged(options.log_file, options.output)
     House.built(options.loaded, options.path, reactor).setServiceParent(process)
     return process

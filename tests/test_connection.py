@@ -18,7 +18,7 @@ from twisted.internet.threads import deferToThread
 from twisted.web.iweb import IAgent
 from zope.interface import implementer
 
-from gateway.connection import agent_for, send_now, write_now
+from gateway.connection import Whole, agent_for, send_now, write_now
 
 reactor: Any = real_reactor
 
@@ -134,6 +134,13 @@ def test_a_connection_that_is_encrypted_is_written_to_as_ever() -> None:
     transport = StringTransport()
     write_now(transport, b"a token")
     assert transport.value() == b"a token"
+
+
+def test_a_body_that_was_written_is_not_kept() -> None:
+    """Twisted's objects of a call stay until Python looks for them; a prompt may be megabytes."""
+    body, transport = Whole(b"a prompt"), StringTransport()
+    body.startProducing(transport)
+    assert (transport.value(), body.length, body.body) == (b"a prompt", 8, b"")
 
 
 # --- a port of this machine -----------------------------------------------------------------------
