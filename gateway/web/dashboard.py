@@ -14,6 +14,7 @@ page was its origin, token or not.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
@@ -40,6 +41,9 @@ from gateway.wire.errors import ApiError, overloaded
 #: after which a silent stream says that it is there still.
 _LOOK: Final = 0.8
 _STILL: Final = 20
+
+#: Seconds for which the page that one was shown is shown to others: to draw it takes 20 ms.
+_FRESH: Final = 0.25
 
 #: Pages that may be open at once.
 _OPEN: Final = 16
@@ -136,13 +140,20 @@ class Dashboard:
     _drawn: dict[str, str] = attrs.field(factory=dict, init=False)
     _readers: dict[_Reader, Deferred[None]] = attrs.field(factory=dict, init=False)
     _look_at: IDelayedCall | None = attrs.field(default=None, init=False)
+    _page: bytes = attrs.field(default=b"", init=False)
+    _page_at: float = attrs.field(default=-math.inf, init=False)
 
     async def page(self, request: Request, said: str = "") -> bytes:
         """The whole page, with something said to the person at its top."""
         for name, value in _HEADERS.items():
             request.setHeader(name, value)
         request.setHeader("content-type", "text/html; charset=utf-8")
-        return b"<!DOCTYPE html>\n" + await flattenString(request, _Page(self._view(), said))
+        now = self.dispatch.reactor.seconds()
+        if said or now - self._page_at >= _FRESH:
+            self._page_at = -math.inf if said else now
+            page = _Page(self._view(), said)
+            self._page = b"<!DOCTYPE html>\n" + await flattenString(request, page)
+        return self._page
 
     def file(self, request: Request, name: str) -> bytes:
         """One of the page's own files; raises ApiError for any other."""

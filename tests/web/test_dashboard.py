@@ -81,6 +81,16 @@ def test_the_page_lets_nothing_in() -> None:
     assert headers["cache-control"] == "no-store"
 
 
+def test_a_page_that_is_asked_for_without_end_costs_nothing() -> None:
+    """It is drawn four times a second at most; to draw it takes as long as five calls."""
+    house = Household.built()
+    first = get(house, "/").body
+    house.ask(turn(stream=True, model="mine"))
+    assert get(house, "/").body == first
+    house.clock.advance(0.25)
+    assert b"mine" in get(house, "/").body
+
+
 def test_a_head_is_empty_still() -> None:
     """A client that warms up gets no page."""
     browser = get(Household.built(), "/", method="HEAD")
