@@ -177,7 +177,7 @@ def write_now(transport: Any, data: bytes) -> None:
 
 
 def send_now(transport: Any) -> None:
-    """As `write_now`, for what was written already."""
+    """As `write_now`, for what was written already; what is encrypted leaves as ever."""
     if _is_plain(transport):
         transport.doWrite()
 
@@ -188,6 +188,7 @@ def _is_plain(transport: Any) -> bool:
         isinstance(transport, FileDescriptor)
         and bool(transport.connected)
         and not transport.disconnecting
+        and not getattr(transport, "TLS", False)
     )
 
 
@@ -198,8 +199,8 @@ class _Loopback:
     A port of this machine, connected to at once.
 
     The system has answered by the time it has been asked; Twisted would look for that two turns of
-    the reactor later.  Where nobody listens, or too many wait there already, `otherwise` takes over
-    and says what is wrong.
+    the reactor later.  Where nobody listens, too many wait there already or no more files may be
+    open, `otherwise` takes over and says what is wrong.
     """
 
     _reactor: Any
@@ -207,16 +208,16 @@ class _Loopback:
     _otherwise: IStreamClientEndpoint
 
     def connect(self, factory: Any) -> Deferred[Any]:
-        with socket.socket() as found:
-            found.settimeout(_AT_ONCE)
-            try:
+        connection = factory.buildProtocol(None)
+        only = Factory.forProtocol(lambda: connection)
+        try:
+            with socket.socket() as found:
+                found.settimeout(_AT_ONCE)
                 found.connect((_LOOPBACK, self._port))
                 found.setblocking(False)
-                connection = factory.buildProtocol(None)
-                only = Factory.forProtocol(lambda: connection)
                 self._reactor.adoptStreamConnection(found.fileno(), found.family, only)
-            except OSError:
-                return cast("Deferred[Any]", self._otherwise.connect(factory))
+        except OSError:
+            return cast("Deferred[Any]", self._otherwise.connect(factory))
         return succeed(connection)
 
 

@@ -186,6 +186,7 @@ class History:
             return []
         found: list[dict[str, Json]] = []
         self._safely(lambda connection: found.extend(_calls(connection, _RECENT, since, count)))
+        self._stopping.clear()
         self._thread = Thread(target=self._run, name="ledger", daemon=True)
         self._thread.start()
         return found

@@ -124,6 +124,7 @@ def makeService(options: Options) -> Service:
     from twisted.internet import reactor  # importing it installs it
 
     gc.set_threshold(*_GARBAGE)
+    gc.collect()
     gc.freeze()  # what is there by now stays: nothing of it need ever be looked at
     process = Logged(options.log_file, options.output)
     House.built(options.loaded, options.path, reactor).setServiceParent(process)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -11,14 +12,17 @@ import pytest
 import pytest_twisted
 from twisted.internet import reactor as real_reactor
 from twisted.internet.abstract import FileDescriptor
+from twisted.internet.error import ConnectError
 from twisted.internet.error import ConnectionRefusedError as Refused
 from twisted.internet.interfaces import IPushProducer
 from twisted.internet.testing import MemoryReactor, StringTransport
 from twisted.internet.threads import deferToThread
+from twisted.web.http import Request
 from twisted.web.iweb import IAgent
 from zope.interface import implementer
 
 from gateway.connection import Whole, agent_for, send_now, write_now
+from gateway.web.connections import PoliteChannel
 
 reactor: Any = real_reactor
 
@@ -45,6 +49,11 @@ class Connection(FileDescriptor):
         self.taken += now
         self.takes -= len(now)
         return len(now)
+
+    def getPeer(self) -> None:  # noqa: N802  # Twisted's name
+        """Nobody in particular."""
+
+    getHost = getPeer  # noqa: N815  # Twisted's name
 
     @property
     def waits_for_the_reactor(self) -> bool:
@@ -143,6 +152,19 @@ def test_a_body_that_was_written_is_not_kept() -> None:
     assert (transport.value(), body.length, body.body) == (b"a prompt", 8, b"")
 
 
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+def test_a_reply_leaves_at_once(connection: Connection, version: bytes) -> None:
+    """With its headers, in chunks and without; the reactor is not waited for."""
+    channel = PoliteChannel()
+    channel.transport = connection
+    connection.takes = 10_000
+    request = Request(channel)
+    request.clientproto = b"HTTP/" + version
+    request.write(b"")
+    request.write(b"a token")
+    assert b"a token" in connection.taken
+
+
 # --- a port of this machine -----------------------------------------------------------------------
 
 
@@ -152,6 +174,7 @@ def listening() -> Iterator[socket.socket]:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         found.listen(0)
+        found.settimeout(10)
         yield found
 
 
@@ -183,8 +206,22 @@ async def test_a_port_where_nobody_listens(listening: socket.socket) -> None:
 
 
 @pytest_twisted.ensureDeferred  # type: ignore[untyped-decorator]
+async def test_no_more_open_files(
+    listening: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That is an error of connecting like others, and no fault of ours."""
+
+    def none(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("socket.socket", none)
+    with pytest.raises(ConnectError):
+        await ask(agent(listening))
+
+
+@pytest_twisted.ensureDeferred  # type: ignore[untyped-decorator]
 async def test_a_port_where_too_many_wait(listening: socket.socket) -> None:
-    """It is waited for, as long as it takes, and without holding the reactor up."""
+    """It is waited for, as long as it takes."""
     there = agent(listening)
     asked = [ask(there) for _ in range(4)]
     for _ in asked:

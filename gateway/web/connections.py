@@ -154,6 +154,9 @@ class PoliteChannel(HTTPChannel):
             super().rawDataReceived(data)
         except ApiError as error:
             self.turn_away(error)
+        waiting = sum(map(len, self._dataBuffer)) if self._handlingRequest else 0
+        if waiting > self._optimisticEagerReadSize:
+            self._networkProducer.pauseProducing()  # Twisted does not, if the client reads nothing
 
     def allContentReceived(self) -> None:
         self._partial, self._limit = False, None
@@ -165,10 +168,13 @@ class PoliteChannel(HTTPChannel):
         """
         Go on to the next request: if it is there already, a little later.
 
-        Who sends a thousand at once would else be answered a thousand times before anybody is.
+        Who sends a thousand at once would else be answered a thousand times before anybody is.  And
+        who does not take the answers so far gets no further ones.
         """
         self._answered = request
-        if self.persistent and (self._buffer or any(self._dataBuffer)):
+        self.setTimeout(None)
+        more = self._waitingForTransport or self._buffer or any(self._dataBuffer)
+        if self.persistent and more:
             self._go_on_soon()
         else:
             self._go_on()
@@ -176,7 +182,7 @@ class PoliteChannel(HTTPChannel):
     def pauseProducing(self) -> None:
         """The client does not read; its server is kept waiting, and others with it."""
         super().pauseProducing()
-        if self._is_unread:
+        if self._is_unread and self.timeOut is None:  # each write comes here while none leaves
             self._within(self.factory.limits.unread)
 
     def resumeProducing(self) -> None:
@@ -207,6 +213,9 @@ class PoliteChannel(HTTPChannel):
         super().requestDone(request)
 
     # --- out --------------------------------------------------------------------------------------
+
+    def write(self, data: bytes) -> None:
+        write_now(self.transport, data)
 
     def writeSequence(self, iovec: Iterable[bytes]) -> None:  # noqa: N802  # Twisted's name
         write_now(self.transport, b"".join(iovec))

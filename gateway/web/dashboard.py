@@ -149,11 +149,13 @@ class Dashboard:
             request.setHeader(name, value)
         request.setHeader("content-type", "text/html; charset=utf-8")
         now = self.dispatch.reactor.seconds()
-        if said or now - self._page_at >= _FRESH:
-            self._page_at = -math.inf if said else now
-            page = _Page(self._view(), said)
-            self._page = b"<!DOCTYPE html>\n" + await flattenString(request, page)
-        return self._page
+        if not said and now - self._page_at < _FRESH:
+            return self._page
+        drawn = await flattenString(request, _Page(self._view(), said))
+        whole = b"<!DOCTYPE html>\n" + drawn
+        if not said:
+            self._page, self._page_at = whole, now
+        return whole
 
     def file(self, request: Request, name: str) -> bytes:
         """One of the page's own files; raises ApiError for any other."""
@@ -251,6 +253,7 @@ class Dashboard:
         _check(request, posted=True)
         try:
             await what()
+            self._page_at = -math.inf
         except ApiError as error:
             request.setResponseCode(error.status)
             return await self.page(request, error.message)

@@ -30,6 +30,9 @@ STATUSES: Final[Mapping[str, int]] = {
 
 _LONGEST_MESSAGE = 600
 
+#: Letters of a server's message with which nobody can do anything.
+_SHORTEST_MESSAGE = 10
+
 
 @attrs.frozen(auto_exc=True)
 class ApiError(Exception):
@@ -150,7 +153,10 @@ def from_upstream_error(
     status: int, kind: str, message: str, error: Mapping[str, Any], tier: str
 ) -> ApiError:
     """As `from_upstream`, from an error object that is already parsed (an SSE ``error`` event)."""
-    said = message[:_LONGEST_MESSAGE] or f"HTTP status {status}"
+    said = message[:_LONGEST_MESSAGE]
+    if len(said) < _SHORTEST_MESSAGE:
+        no_more = f"no more than {said!r}" if said else "nothing"
+        said = f"The model server of tier {tier!r} says {no_more} (HTTP status {status})."
     if kind == "exceed_context_size_error":
         tokens, window = error.get("n_prompt_tokens"), error.get("n_ctx")
         if isinstance(tokens, int) and isinstance(window, int):

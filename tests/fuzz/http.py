@@ -254,6 +254,11 @@ _KEPT: Final = (
         for odd in _NO_ANSWER
     ),
     *(_case("/v1/messages/count_tokens", BODIES[0], asked=_ODD_SERVER | odd) for odd in _NO_COUNT),
+    _case(
+        "/v1/messages",
+        BODIES[0],
+        says=[{"type": "error", "error": {"type": "overloaded_error", "message": "m"}}],
+    ),
 )
 
 HTTP: Final = Target("http", holds, _SEEDS, of_json(_HTTP_WORDS), _KEPT, 600)

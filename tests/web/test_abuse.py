@@ -316,8 +316,9 @@ def test_a_client_that_stops_reading_its_stream_gives_its_slot_back() -> None:
     house = household(ConnectionLimits(unread=600))
     browser = begun(house)
     behind = send(house, post(TURN))
-    browser.protocol.pauseProducing()  # as the transport does whose buffer is full
-    house.wait(599)
+    for _ in range(599):  # as the transport does whose buffer is full, whenever a ping is written
+        browser.protocol.pauseProducing()
+        house.wait(1)
     assert not browser.wire.aborted
     assert len(house.main.held) == 1
     house.wait(1)
@@ -433,6 +434,33 @@ def test_what_waits_behind_a_stream_is_not_kept_without_bound() -> None:
 
 
 # --- half-closes ----------------------------------------------------------------------------------
+
+
+def test_what_waits_behind_a_stream_that_is_not_read_is_bounded_too() -> None:
+    """A client that sends on and on, and reads nothing, is read a few kilobytes further as well."""
+    house = household()
+    browser = begun(house)
+    browser.protocol.pauseProducing()  # as the transport does whose buffer is full
+    sent = 0
+    while browser.wire.producerState == "producing" and sent < 10**6:
+        browser.send(b"x" * 4096)
+        sent += 4096
+    assert sent < 30_000
+
+
+def test_a_request_that_comes_while_answers_are_not_read_has_to_wait() -> None:
+    """However little of it was there when the last answer ended."""
+    house = household()
+    browser = house.browser()
+    browser.protocol.pauseProducing()  # as the transport does whose buffer is full
+    for _ in range(3):
+        browser.send(head(HEALTH))
+        house.wait(1)
+    assert browser.raw.count(b"HTTP/1.1 200") == 1
+    browser.protocol.resumeProducing()
+    for _ in range(2):
+        house.wait(BREATH)
+    assert browser.raw.count(b"HTTP/1.1 200") == 3
 
 
 def test_a_client_that_half_closes_after_its_answer_gets_all_of_it() -> None:

@@ -91,6 +91,17 @@ def test_a_page_that_is_asked_for_without_end_costs_nothing() -> None:
     assert b"mine" in get(house, "/").body
 
 
+def test_after_a_button_the_page_is_drawn_anew() -> None:
+    """Without a script the page that comes then would stay as it was before."""
+    house = Household.built()
+    call = house.ask(turn(stream=True, model="mine"))
+    house.wait(1)
+    path = f"/page/calls/{call.headers['request-id']}/cancel"
+    assert path.encode() in get(house, "/").body
+    assert post(house, path, **OURS).status == 303
+    assert path.encode() not in get(house, "/").body
+
+
 def test_a_head_is_empty_still() -> None:
     """A client that warms up gets no page."""
     browser = get(Household.built(), "/", method="HEAD")

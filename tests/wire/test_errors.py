@@ -203,6 +203,14 @@ def test_a_long_message_is_shortened() -> None:
     assert len(error.message) == 600
 
 
+@pytest.mark.parametrize("said", ["", "m"])
+def test_a_message_that_says_nothing_gets_a_sentence(said: str) -> None:
+    """Whoever reads it knows at least who said it."""
+    message = refused(529, "overloaded_error", said).message
+    assert "'main'" in message
+    assert "529" in message
+
+
 def test_an_error_that_is_parsed_already() -> None:
     """An error object from within a stream means the same as the same one as a body."""
     said = {"code": 500, "type": "server_error", "message": "Compute error."}
