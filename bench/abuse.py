@@ -41,7 +41,7 @@ from tests.web.test_abuse import ABUSES, HEALTH, LIMIT, POST, Abuse, chunked, he
 HEAD: Final = 2
 BODY: Final = 3
 IDLE: Final = 4
-UNREAD: Final = 2
+UNREAD: Final = 12  # longer than it takes until a ping is written
 LIMITS: Final = (
     f"body_limit = {LIMIT}\nhead_timeout = {HEAD}\nbody_timeout = {BODY}\nidle_timeout = {IDLE}\n"
     f"unread_timeout = {UNREAD}\n"
