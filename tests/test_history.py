@@ -34,9 +34,7 @@ ALL = Bounds(30, 1_000_000)
 class Reactor:
     """One whose thread is the caller's."""
 
-    def callFromThread(  # noqa: N802  # Twisted's name
-        self, call: Callable[..., None], *args: Any, **named: Any
-    ) -> None:
+    def callFromThread(self, call: Callable[..., None], *args: Any, **named: Any) -> None:
         call(*args, **named)
 
 
@@ -103,6 +101,31 @@ def said(logged: list[LogEvent]) -> str:
 
 
 # --- what is written ------------------------------------------------------------------------------
+
+
+def test_what_comes_in_a_pause_is_written_at_once(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each write holds the reactor up, so there are a few in a second; a stop waits for none."""
+    rows, wrote = [], Event()
+    write = history._write
+
+    def written(calls: Any, *more: Any) -> None:
+        write(calls, *more)
+        rows.append(len(calls))
+        wrote.set()
+
+    monkeypatch.setattr(history, "_write", written)
+    monkeypatch.setattr(history, "_PAUSE", 3600.0)
+    found = desk.opens()
+    found.start()
+    found.put(call("req_1"))
+    assert wrote.wait(10)
+    for number in (2, 3, 4):
+        found.put(call(f"req_{number}"))
+    found.stop()
+    assert rows == [1, 3]
+    assert desk.ids == ["req_1", "req_2", "req_3", "req_4"]
 
 
 def test_a_call_comes_back_as_it_was(desk: Desk) -> None:

@@ -151,8 +151,7 @@ class Dashboard:
         now = self.dispatch.reactor.seconds()
         if not said and now - self._page_at < _FRESH:
             return self._page
-        drawn = await flattenString(request, _Page(self._view(), said))
-        whole = b"<!DOCTYPE html>\n" + drawn
+        whole = b"<!DOCTYPE html>\n" + await flattenString(request, _Page(self._view(), said))
         if not said:
             self._page, self._page_at = whole, now
         return whole

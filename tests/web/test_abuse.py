@@ -433,9 +433,6 @@ def test_what_waits_behind_a_stream_is_not_kept_without_bound() -> None:
     assert sent < 30_000
 
 
-# --- half-closes ----------------------------------------------------------------------------------
-
-
 def test_what_waits_behind_a_stream_that_is_not_read_is_bounded_too() -> None:
     """A client that sends on and on, and reads nothing, is read a few kilobytes further as well."""
     house = household()
@@ -461,6 +458,9 @@ def test_a_request_that_comes_while_answers_are_not_read_has_to_wait() -> None:
     for _ in range(2):
         house.wait(BREATH)
     assert browser.raw.count(b"HTTP/1.1 200") == 3
+
+
+# --- half-closes ----------------------------------------------------------------------------------
 
 
 def test_a_client_that_half_closes_after_its_answer_gets_all_of_it() -> None:
