@@ -47,7 +47,7 @@ class Secure:
         return remote(reactor, "main", TierConfig(url, "anthropic", ca_file=ca_file))
 
 
-@pytest_twisted.async_yield_fixture  # type: ignore[untyped-decorator]
+@pytest_twisted.async_yield_fixture
 async def secure(tmp_path: Path) -> AsyncIterator[Secure]:
     """One whose certificate says ``localhost``."""
     ca, there = trustme.CA(), Elsewhere()
@@ -59,7 +59,7 @@ async def secure(tmp_path: Path) -> AsyncIterator[Secure]:
     await maybeDeferred(port.stopListening)
 
 
-@pytest_twisted.ensureDeferred  # type: ignore[untyped-decorator]
+@pytest_twisted.ensureDeferred
 async def test_a_server_that_its_certificate_vouches_for(secure: Secure) -> None:
     """It is asked under its own name, with the path that stands before all others."""
     assert (await secure.client().props()).n_ctx == 5000
@@ -68,7 +68,7 @@ async def test_a_server_that_its_certificate_vouches_for(secure: Secure) -> None
     assert headers["host"].startswith("localhost:")
 
 
-@pytest_twisted.ensureDeferred  # type: ignore[untyped-decorator]
+@pytest_twisted.ensureDeferred
 async def test_cookies_are_not_kept(secure: Secure) -> None:
     """What a server gives with one call does not go along with another client's."""
     client = secure.client()
@@ -80,7 +80,7 @@ async def test_cookies_are_not_kept(secure: Secure) -> None:
 @pytest.mark.parametrize(
     ("host", "trusted"), [("127.0.0.1", True), ("localhost", False)], ids=["name", "certificate"]
 )
-@pytest_twisted.ensureDeferred  # type: ignore[untyped-decorator]
+@pytest_twisted.ensureDeferred
 async def test_a_server_that_nobody_vouches_for(secure: Secure, host: str, trusted: bool) -> None:
     """Neither another name nor a certificate that nobody trusts is good enough to send a key to."""
     with pytest.raises(ApiError, match="ca_file") as raised:
@@ -89,7 +89,7 @@ async def test_a_server_that_nobody_vouches_for(secure: Secure, host: str, trust
     assert secure.there.asked == []
 
 
-@pytest_twisted.ensureDeferred  # type: ignore[untyped-decorator]
+@pytest_twisted.ensureDeferred
 async def test_nobody_listens(secure: Secure) -> None:
     """That is a server which is down, and may come."""
     client = secure.client()
@@ -99,7 +99,7 @@ async def test_nobody_listens(secure: Secure) -> None:
     assert await client.health() is Health.DOWN
 
 
-@pytest_twisted.ensureDeferred  # type: ignore[untyped-decorator]
+@pytest_twisted.ensureDeferred
 async def test_what_comes_at_once_is_handed_on_at_once() -> None:
     """However many chunks of HTTP it has; what comes later is not waited for."""
     head = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"

@@ -217,7 +217,7 @@ class PoliteChannel(HTTPChannel):
     def write(self, data: bytes) -> None:
         write_now(self.transport, data)
 
-    def writeSequence(self, iovec: Iterable[bytes]) -> None:  # noqa: N802  # Twisted's name
+    def writeSequence(self, iovec: Iterable[bytes]) -> None:
         write_now(self.transport, b"".join(iovec))
 
     def turn_away(self, error: ApiError) -> None:
@@ -247,7 +247,7 @@ class PoliteChannel(HTTPChannel):
         )
         self.transport.write(head.encode() + body)
 
-    def _respondToBadRequestAndDisconnect(self) -> None:  # noqa: N802  # Twisted's name
+    def _respondToBadRequestAndDisconnect(self) -> None:
         """Twisted's place for all that it cannot read; its own answer has no body."""
         self.turn_away(
             invalid(

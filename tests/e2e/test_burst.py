@@ -192,7 +192,7 @@ def told(visitor: Visitor) -> dict[str, Any]:
     return {**start["message"], **end["delta"], "usage": end["usage"]}
 
 
-@pytest_twisted.async_yield_fixture(scope="module")  # type: ignore[untyped-decorator]
+@pytest_twisted.async_yield_fixture(scope="module")
 async def scene(
     main_server: Running, small_server: Running, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Scene]:

@@ -78,7 +78,7 @@ class Scene:
         self.child.command = [sys.executable, "-c", code, str(self.port)]
 
 
-@pytest_twisted.async_yield_fixture  # type: ignore[untyped-decorator]
+@pytest_twisted.async_yield_fixture
 async def scene(tmp_path: Path, logged: list[LogEvent]) -> AsyncIterator[Scene]:
     """A child that is not started yet, and is ended after the test."""
     port = free_port()

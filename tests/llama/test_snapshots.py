@@ -616,7 +616,7 @@ def test_what_is_written_in_private_is_whole_or_not_there(
 # --- threads --------------------------------------------------------------------------------------
 
 
-@pytest_twisted.ensureDeferred  # type: ignore[untyped-decorator]
+@pytest_twisted.ensureDeferred
 async def test_a_save_that_is_cancelled_leaves_nothing(
     disk: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:

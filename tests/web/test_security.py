@@ -212,7 +212,7 @@ def test_an_answer_without_end_is_ended() -> None:
     assert "sent more than" in browser.json["error"]["message"]
 
 
-@pytest_twisted.ensureDeferred  # type: ignore[untyped-decorator]
+@pytest_twisted.ensureDeferred
 async def test_a_socket_in_the_file_system_lets_in_its_owner_alone(tmp_path: Path) -> None:
     """From the moment on at which somebody can connect to it."""
     path = tmp_path / "gw.sock"
