@@ -38,6 +38,18 @@ class Reactor:
         call(*args, **named)
 
 
+class Pause(Event):
+    """What ends a pause, and knows when there is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun = Event()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.begun.set()
+        return super().wait(timeout)
+
+
 @attrs.define(eq=False)
 class Desk:
     """
@@ -107,20 +119,19 @@ def test_what_comes_in_a_pause_is_written_at_once(
     desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each write holds the reactor up, so there are a few in a second; a stop waits for none."""
-    rows, wrote = [], Event()
-    write = history._write
+    rows, write = [], history._write
 
     def written(calls: Any, *more: Any) -> None:
         write(calls, *more)
         rows.append(len(calls))
-        wrote.set()
 
     monkeypatch.setattr(history, "_write", written)
     monkeypatch.setattr(history, "_PAUSE", 3600.0)
-    found = desk.opens()
+    found, pause = desk.opens(), Pause()
+    found._stopping = pause
     found.start()
     found.put(call("req_1"))
-    assert wrote.wait(10)
+    assert pause.begun.wait(10)
     for number in (2, 3, 4):
         found.put(call(f"req_{number}"))
     found.stop()
