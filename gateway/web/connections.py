@@ -339,6 +339,7 @@ class QuietSite(Site):
     """
 
     protocol = cast(Any, PoliteChannel)  # HTTP/1 alone, so that there is nothing to negotiate
+    noisy = False  # the service says where it listens
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
