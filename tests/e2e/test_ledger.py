@@ -88,6 +88,11 @@ def test_a_gateway_that_is_killed_has_a_ledger(tmp_path: Path, port: int) -> Non
 
 def test_a_full_disk_harms_no_call(tmp_path: Path, port: int) -> None:
     """Where no file can grow any more, calls are answered, and the log has one line on it."""
+
+    def is_dealt_with() -> bool:
+        ledger = ledger_of(gateway)["ledger"]
+        return bool(ledger["written"] + ledger["lost"] == len(calls))
+
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))  # the gateway inherits it
     try:
@@ -95,8 +100,12 @@ def test_a_full_disk_harms_no_call(tmp_path: Path, port: int) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     try:
-        assert len({call(gateway) for _ in range(40)}) == 40
-        assert eventually(lambda: ledger_of(gateway)["ledger"]["lost"] > 0, 60)
+        calls: set[str] = set()
+        for number in range(40):
+            calls.add(call(gateway))
+            assert len(calls) == number + 1
+            assert eventually(is_dealt_with, 60)  # a write for each, that the file grows
+        assert ledger_of(gateway)["ledger"]["lost"] > 0
         assert (tmp_path / "gateway.log").read_text().count("calls go on") == 1
     finally:
         assert gateway.stop() == 0
