@@ -29,7 +29,7 @@ from typing import Any, Final
 import attrs
 import orjson
 
-from bench.client import LAST_CHUNK, OFFERED, STAGES, Client, call, events, large, request, until
+from bench.client import LAST_CHUNK, STAGES, Client, call, events, large, request, until
 from bench.contestants import FILES, KINDS, PEER_KINDS, SINGLE, SLOTS, TIERS, Contestant, Kind
 from bench.crowd import Crowd, crowd
 from bench.fast_llama import FastLlama
@@ -56,6 +56,10 @@ NEVER: Final = 3.0
 
 #: Seconds after which no further client leaves at a stage: some peers take that long to get there.
 ENOUGH: Final = 3.0
+
+#: Seconds after which a call that is not at its stage never will be: some peers send no status
+#: before there is content, or stop answering once clients have left.
+GETS_THERE: Final = 20.0
 
 #: How much more the fake server must be able to do alone than it does behind the gateway.
 FACTOR: Final = 2.0
@@ -326,8 +330,9 @@ class Round:
         while not took or (len(took) < LEAVING and time.monotonic() < end):
             number = self.llama.calls()
             with Client.calling(contestant.port, call(order)) as client:
-                until(partial(self.llama.entry, number))
-                client.read_until(mark)
+                if not self.gets_to(client, mark, number):
+                    took.append(float("inf"))
+                    break
                 if stage == "stalled":
                     self.still(number, 0.1)
                 time.sleep(0.005)
@@ -339,6 +344,16 @@ class Round:
     def _left(self, stage: str, name: str, took: Sequence[float]) -> None:
         self.results.add(leaving_row(stage, "p50"), name, 1000 * statistics.median(took))
         self.results.add(leaving_row(stage, "longest"), name, 1000 * max(took))
+
+    def gets_to(self, client: Client, mark: bytes, number: int) -> bool:
+        """Whether call `number` comes to the upstream, and `mark` to its client, in good time."""
+        client.connection.settimeout(GETS_THERE)
+        try:
+            until(partial(self.llama.entry, number), GETS_THERE)
+            client.read_until(mark)
+        except (TimeoutError, EOFError, ConnectionError):
+            return False
+        return True
 
     def known(self, number: int) -> float:
         """When the upstream saw that the client of call `number` was gone."""
@@ -358,8 +373,10 @@ class Round:
         """What a client costs that does not read, while the upstream offers 400 MB."""
         number = self.llama.calls()
         before = resident(*contestant.pids)
-        with Client.calling(contestant.port, call(f"flood {OFFERED}")) as client:
-            client.read_until(b"content_block_delta")
+        order, mark = STAGES["stalled"]
+        with Client.calling(contestant.port, call(order)) as client:
+            if not self.gets_to(client, mark, number):
+                return
             taken = self.still(number, 1.0)
             grown = resident(*contestant.pids) - before
         self.results.add(TAKEN, contestant.name, taken / MB)
