@@ -263,8 +263,8 @@ class Answer:
 
     def header(self, name: str) -> str:
         """The first of its headers of this name; "" where there is none."""
-        values: list[str] = self.response.headers.getRawHeaders(name) or [""]
-        return values[0]
+        values: list[bytes] = self.response.headers.getRawHeaders(name.encode("ascii")) or [b""]
+        return values[0].decode("utf-8", "replace")
 
     @property
     def status(self) -> int:

@@ -271,7 +271,9 @@ class Line:
                 retry_after=round(min(max(_SOONEST, soon), _LATEST)),
             )
         place = self._kept_for(ticket)
-        if place is None:
+        if place is not None:
+            place.ticket = ticket  # its age is that of the call that was cut off, all else is new
+        else:
             now = self._reactor.seconds()
             arrived = now if ticket.arrived is None else ticket.arrived
             place = _Place(ticket, arrived, next(self._numbers))

@@ -47,6 +47,9 @@ _FADING: Final = 0.7
 #: Tasks that are remembered of a server which never says that it is through with them.
 _REMEMBERED: Final = 64
 
+#: A share of a prompt that says nothing of how long it is.
+_NOTHING: Final = 1e-6
+
 log = Logger()
 
 
@@ -122,7 +125,7 @@ class _Call:
             return Prefill(total=self.total, seconds_left=_not_below_zero(left))
         last, speed = self.steps[-1], self._speed()
         total = self.total
-        if total is None and last.held and last.fraction:
+        if total is None and last.held and last.fraction and last.fraction > _NOTHING:
             total = round(last.held / last.fraction)
         done = last.held
         if done is None and total is not None and last.fraction is not None:
@@ -231,7 +234,7 @@ class Progress:
             before = took if self._generation is None else self._generation
             self._generation = before * _FADING + took * (1 - _FADING)
         if self.ask is not None and known.task is not None:
-            del self._tasks[known.task]
+            self._tasks.pop(known.task, None)
         self._quieten()
 
     # --- what the server says ---------------------------------------------------------------------
@@ -324,7 +327,7 @@ class Progress:
         for task, call in zip(tasks, unknown, strict=False):
             call.task = task
             self._tasks[task] = call
-        while len(self._tasks) > _REMEMBERED:
+        while len(self._tasks) > max(_REMEMBERED, self.slots):
             del self._tasks[next(iter(self._tasks))]
 
     def _step(self, task: int, step: _Step, *, from_nothing: bool) -> None:

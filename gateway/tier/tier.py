@@ -353,7 +353,14 @@ class Tier:
         until = self._reactor.seconds() + self.config.startup_patience
         failure: ApiError | None = None
         for attempt in count():
-            failure = await self._missing()
+            try:
+                failure = await self._missing()
+            except CancelledError:
+                raise
+            except Exception:  # noqa: BLE001  # whatever it is, calls wait for this
+                log.failure("tier {tier}: its server cannot be asked", tier=self.name)
+                failure = ApiError("api_error", "The gateway itself failed; its log says why.")
+                break
             if failure is None or not self._awaiting:
                 break
             if self._reactor.seconds() >= until or self._is_given_up:

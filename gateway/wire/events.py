@@ -393,7 +393,8 @@ def _tool_id(there: str) -> str:
 class Assembly:
     """The events of `Repair`, folded into the one message that they tell."""
 
-    _message: dict[str, Json] = attrs.field(factory=dict, init=False)
+    # Whose beginning was told to somebody else has none here.
+    _message: dict[str, Json] = attrs.field(factory=lambda: {"content": []}, init=False)
     _parts: list[list[str]] = attrs.field(factory=list, init=False)
 
     def add(self, events: Iterable[Event]) -> None:

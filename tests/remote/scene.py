@@ -38,6 +38,7 @@ class Elsewhere(Resource):
         self.held: list[Held] = []
         self.models: Json = [{"id": "theirs", "max_model_len": 5000}]
         self.counts: dict[str, Json] = {}
+        self.retry_after: bytes | None = None
         self.gone = False
 
     def render(self, request: Request) -> Any:
@@ -57,6 +58,8 @@ class Elsewhere(Resource):
         if path.endswith("/v1/models"):
             if isinstance(self.models, int) and self.models >= 200:
                 request.setResponseCode(self.models)
+                if self.retry_after is not None:
+                    request.setHeader(b"retry-after", self.retry_after)
                 return b"{}"
             return orjson.dumps({"data": self.models})
         if path in self.counts:

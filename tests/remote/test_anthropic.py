@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import orjson
 import pytest
-from twisted.logger import LogEvent
+from twisted.logger import LogEvent, formatEvent
 
 from tests.house import CLAUDE_CODE, HELLO, turn
 from tests.remote.scene import Scene
@@ -274,6 +274,43 @@ def test_a_server_that_is_gone_is_waited_for() -> None:
     scene.there.held[0].answer()
     scene.house.settle()
     assert browser.status == 200
+
+
+def test_a_header_that_is_no_text_is_read() -> None:
+    """It says nothing, and the call goes on waiting for its server."""
+    scene = Scene.of("anthropic", startup_patience=60)
+    scene.there.models, scene.there.retry_after = 503, b"\xff"
+    browser = scene.house.ask(turn())
+    assert browser.status is None
+    scene.there.models = []
+    scene.house.wait(3)
+    scene.there.held[0].answer()
+    scene.house.settle()
+    assert browser.status == 200
+
+
+def test_a_fault_of_ours_keeps_nobody_waiting(
+    monkeypatch: pytest.MonkeyPatch, logged: list[LogEvent]
+) -> None:
+    """Who waits for the server is told, and so is who comes next."""
+    scene = Scene.of("anthropic", startup_patience=60)
+    scene.there.models = 503
+    browsers = [scene.house.ask(turn()), scene.house.ask(turn())]
+    with monkeypatch.context() as patch:
+        patch.setattr(type(scene.tier.remote), "props", lambda _: 1 / 0)
+        scene.house.wait(1)
+    assert [browser.status for browser in browsers] == [500, 500]
+    assert [formatEvent(event) for event in logged if "log_failure" in event] == [
+        "tier main: its server cannot be asked"
+    ]
+    logged.clear()
+    assert scene.house.line().waiting == 0
+    later = scene.house.ask(turn())
+    scene.there.models = []
+    scene.house.wait(3)
+    scene.there.held[0].answer()
+    scene.house.settle()
+    assert later.status == 200
 
 
 def test_a_server_that_is_there_and_has_no_time_is_not_asked_again_at_once() -> None:

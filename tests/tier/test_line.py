@@ -283,6 +283,17 @@ def test_who_comes_again_gets_the_old_place() -> None:
     assert other.permit is None
 
 
+def test_who_comes_again_is_who_waits() -> None:
+    """The line tells of the call that is there, not of the one that was cut off."""
+    scene = Scene()
+    scene.join()
+    names = ["cut", "again"]
+    tickets = [Ticket(Rank.PERSON, "", lambda: b"a", name) for name in names]
+    scene.line.join(tickets[0]).addErrback(lambda _: None).cancel()
+    scene.line.join(tickets[1])
+    assert [ticket.name for ticket, _ in scene.line.places()] == ["again"]
+
+
 def test_a_place_is_kept_for_two_seconds() -> None:
     """Who comes later than that is at the end."""
     scene = Scene()

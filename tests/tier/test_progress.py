@@ -8,7 +8,7 @@ from typing import Any
 
 import attrs
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
@@ -426,6 +426,35 @@ def test_the_slots_of_several_calls() -> None:
     assert progress.of("b") == Prefill(400, 2000, 0.2, 66.7, 24.0)
 
 
+def test_a_server_of_many_slots_that_is_asked() -> None:
+    """Of each call its task is known, and each can end."""
+    clock = Clock()
+    slots = Slots(clock, [slot(task, 100) for task in range(100)])
+    progress = Progress(100, Pace(clock.seconds), clock, slots.ask)
+    for task in range(100):
+        progress.begin(str(task), 1000)
+    clock.advance(2)
+    assert {progress.of(str(task)) for task in range(100)} == {
+        Prefill(100, 1000, 0.1, 50.0, 18.0),
+    }
+    for task in range(100):
+        progress.end(str(task))
+    assert progress._tasks == {}
+
+
+def test_a_task_that_was_forgotten_can_end() -> None:
+    """Its server shows more of them than it has slots."""
+    clock = Clock()
+    slots = Slots(clock, [slot(task, 100) for task in range(100)])
+    progress = Progress(1, Pace(clock.seconds), clock, slots.ask)
+    for task in range(100):
+        progress.begin(str(task), 1000)
+    clock.advance(2)
+    for task in range(100):
+        progress.end(str(task))
+    assert progress._tasks == {}
+
+
 @pytest.mark.parametrize(
     "answer",
     [
@@ -551,6 +580,14 @@ HAPPENINGS = st.one_of(
 
 
 @settings(deadline=None)
+@example(
+    asks=False,
+    happenings=[
+        ("begin", "a", None, 0.0),
+        ("hear", Started(0, 0)),
+        ("hear", Prefilling(0, 0, 2e-313, held=1)),
+    ],
+)
 @given(asks=st.booleans(), happenings=st.lists(HAPPENINGS, max_size=40))
 def test_whatever_happens(asks: bool, happenings: list[tuple[Any, ...]]) -> None:
     """Nothing fails, no number is absurd, no slot is told twice, and at the end no timer runs."""

@@ -277,6 +277,29 @@ def test_words_that_do_not_fit_are_asked_for_again() -> None:
     assert house.line().running == 0
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_words_that_do_not_fit_after_the_message_has_begun(stream: bool) -> None:
+    """By a pulse while the prompt is long, or by a server that went away: it begins once."""
+    house = Household.built()
+    house.main.completions = ['{"ok": true}']
+    browser = house.ask(turn(tools=[TOOL], stream=stream, **under(VERDICT)))
+    house.wait(501)  # a stream has its message_start by now
+    lost = house.main.held.pop()
+    lost.begin()
+    lost.send(HELLO[0])
+    lost.die()
+    house.wait(10)
+    answer_with(house, "Yes, it is fine.")
+    if stream:
+        names = [event["type"] for event in browser.events if event["type"] != "ping"]
+        assert names == [event["type"] for event in HELLO]
+        assert b'{\\"ok\\": true}' in browser.body
+    else:
+        assert browser.json["content"] == [{"type": "text", "text": '{"ok": true}'}]
+    assert browser.ended
+    assert house.line().running == 0
+
+
 def test_a_call_needs_no_schema() -> None:
     """A tool call is told as it is; only the last words must fit."""
     house = Household.built()
