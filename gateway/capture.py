@@ -217,7 +217,7 @@ def _said(event: Json, block: tuple[Json, ...] = ()) -> Iterator[tuple[Json, dic
 def secrets(config: Config) -> Iterator[str]:
     """What no body may show: tokens and keys, ours and those of the servers."""
     tiers = config.tier.values()
-    found = [config.gateway.token, *(tier.api_key for tier in tiers)]
+    found = [config.gateway.token, *(tier.key for tier in tiers)]
     for server in (tier.server for tier in tiers if tier.server is not None):
         found += [option(server.command, name) for name in SECRET]
         found += [value for name, value in server.env.items() if _NAMES.search(name)]

@@ -99,10 +99,11 @@ def _parser() -> ArgumentParser:
 
 
 def _counting(text: str) -> int:
-    count = int(text)
-    if count < 1:
-        raise ValueError(text)
-    return count
+    from argparse import ArgumentTypeError
+
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"expected a number of calls, 1 or more, got {text!r}")
+    return int(text)
 
 
 def _never(*_: object) -> None:

@@ -20,7 +20,8 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.logger import Logger
 
 from gateway.config import RouteRule
-from gateway.ledger import ENDED_BY_HAND, Ledger, Record
+from gateway.figures import ENDED_BY_HAND
+from gateway.ledger import Ledger, Record
 from gateway.policy import patience, routes, tools
 from gateway.policy.calls import Call
 from gateway.policy.routes import Route

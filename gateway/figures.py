@@ -19,6 +19,13 @@ _LONGEST: Final = 60
 _LONGEST_LINE: Final = 300
 
 
+#: What became of a call that a person ended.
+ENDED_BY_HAND: Final = "ended by hand"
+
+#: What became of a call that nobody has to look into.
+WELL: Final = frozenset({"answered", "cancelled", ENDED_BY_HAND})
+
+
 def mapping(value: Json) -> Mapping[str, Json]:
     """An object; an empty one for anything else."""
     return value if isinstance(value, Mapping) else {}

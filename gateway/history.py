@@ -194,7 +194,7 @@ class History:
     def adopt(self, bounds: Bounds) -> None:
         """Go by other bounds."""
         self.bounds = bounds
-        self.start()
+        self.start(since=math.inf)  # nobody wants to know what came before
 
     def put(self, call: Mapping[str, Json]) -> None:
         """Write `call`, as `Record.as_json` has it, soon; or never, if too many are waiting."""

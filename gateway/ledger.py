@@ -27,9 +27,6 @@ Json = Any
 #: Closed records that are kept for ``/status``.
 _KEPT: Final = 100
 
-#: What became of a call that a person ended.
-ENDED_BY_HAND: Final = "ended by hand"
-
 #: Seconds that one step of the chart stands for, and how many steps it has: six hours.
 _STEP: Final = 300
 _STEPS: Final = 72
@@ -169,6 +166,7 @@ class _Chart:
                 "cached": step.cached,
                 "output": step.output,
                 "first": step.mean_first,
+                "with_first": step.with_first,
             }
             for number, step in steps.items()
         ]
@@ -240,7 +238,8 @@ class Ledger:
 
         Each has ``at``, the epoch seconds at which it begins, and of the calls that ended in it:
         ``calls``, the tokens ``input``, ``cached`` and ``output``, and ``first``, the mean seconds
-        from a call's turn to its first content, None where no call had any.
+        from a call's turn to its first content, of the ``with_first`` calls that had any; None
+        where there are none.
         """
         return self._chart.until(self._wall())
 

@@ -84,6 +84,7 @@ def status() -> dict[str, Json]:
                     "prefilled_tokens_total": 214_310,
                     "cached_tokens_total": 1_902_110,
                     "model_kind": "plain",
+                    "saves": True,
                     "snapshots": 6,
                     "snapshot_bytes": 19_400_000_000,
                     "moves": False,
@@ -103,6 +104,7 @@ def status() -> dict[str, Json]:
                     "prefilled_tokens_total": 40_211,
                     "cached_tokens_total": 8_110,
                     "model_kind": None,
+                    "saves": False,
                     "snapshots": 0,
                     "snapshot_bytes": 0,
                     "moves": False,
@@ -192,6 +194,7 @@ def chart(now: float) -> list[dict[str, Json]]:
                 "cached": calls * round(9800 + 3000 * math.sin(number / 9)) if calls else 0,
                 "output": calls * 190,
                 "first": (57.0 if is_cold else 3.1 + math.sin(number)) if calls else None,
+                "with_first": calls,
             }
         )
     return buckets

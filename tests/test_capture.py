@@ -170,10 +170,13 @@ def test_pieces_of_two_blocks_are_no_key(tmp_path: Path) -> None:
     assert kept.endswith(told(*events))
 
 
-def test_all_keys_of_the_configuration_are_known() -> None:
+def test_all_keys_of_the_configuration_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the door, of each tier and of its server; not every word of its environment."""
     of_servers = {"in-the-command", "of-a-hub", "in-the-env"}
     assert set(secrets(config())) == {"of-the-door", "of-the-tier", *of_servers}
+    monkeypatch.setenv("THEIR_KEY", "of-the-env")
+    elsewhere = {"url": "http://h:1", "api_key_env": "THEIR_KEY"}
+    assert [*secrets(parse({"tier": {"main": elsewhere}}, KINDS))] == ["of-the-env"]
     capture = Capture.of(config(capture=3))
     assert capture is not None
     assert capture.budget == 3 * MIB

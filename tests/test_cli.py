@@ -357,7 +357,9 @@ def test_no_number_of_calls(count: str, door: Door, capsys: pytest.CaptureFixtur
     """It is told as any other mistake of the command line."""
     with pytest.raises(SystemExit):
         main(["status", f"--last={count}", "--config", str(door.config)])
-    assert "--last" in capsys.readouterr().err
+    assert (
+        f"--last: expected a number of calls, 1 or more, got '{count}'" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("command", ["status", "settings"])

@@ -133,7 +133,7 @@ def test_an_empty_chart_has_all_its_steps() -> None:
     assert [step["at"] for step in chart] == [
         1_800_000_000 - 300 * number for number in reversed(range(72))
     ]
-    empty = {"calls": 0, "input": 0, "cached": 0, "output": 0, "first": None}
+    empty = {"calls": 0, "input": 0, "cached": 0, "output": 0, "first": None, "with_first": 0}
     assert all(step == {"at": step["at"], **empty} for step in chart)
 
 
@@ -158,6 +158,7 @@ def test_a_call_is_where_it_ended() -> None:
         "cached": 60,
         "output": 90,
         "first": 1.5,
+        "with_first": 2,
     }
     clock.advance(71 * 300)
     assert ledger.chart()[0] == now

@@ -134,7 +134,7 @@ def _past(calls: Sequence[Mapping[str, Json]], *, dated: bool = False) -> Table:
         times = duration(call.get("waited")), duration(call.get("took"))
         tokens = (count(call.get(name)) for name in ("input", "cached", "output"))
         outcome = _text(call.get("outcome"))
-        if outcome.plain not in ("answered", "cancelled"):
+        if outcome.plain not in figures.WELL:
             outcome.stylize("red")
         when = (_text(_moment(call.get("at"))),) if dated else ()
         table.add_row(*when, *_who(call), *map(_text, (*times, *tokens)), outcome)

@@ -11,6 +11,9 @@ from urllib.parse import urlsplit
 
 from gateway.config import Server, Tier
 
+#: The variable in which a server finds the key that it is to ask for.
+KEY: Final = "LLAMA_API_KEY"
+
 
 def command(
     tier: Tier,
@@ -64,7 +67,7 @@ SECRET: Final = frozenset({"--api-key", "--hf-token", "-hft"})
 def environment(tier: Tier, server: Server) -> dict[str, str]:
     """What a tier's server has in its environment besides ours: its key, which no list shows."""
     is_told = server.manage_flags and _takes_flags(server.command) and tier.key is not None
-    key = {"LLAMA_API_KEY": str(tier.key)} if is_told else {}
+    key = {KEY: str(tier.key)} if is_told else {}
     return {**key, **server.env}
 
 

@@ -23,7 +23,7 @@ from twisted.logger import Logger
 
 from gateway.config import MIB
 from gateway.llama import gguf
-from gateway.llama.command import option
+from gateway.llama.command import KEY, option
 from gateway.upstream import Props
 
 #: MiB that a llama-server has for conversations in RAM where its command does not say.
@@ -132,7 +132,7 @@ def flags_identity(command: Sequence[str], env: Mapping[str, str] = {}) -> str:
 
     Args:
         command: the whole command.
-        env: what is added to its environment, where llama-server looks for options too.
+        env: its whole environment, where llama-server looks for options too.
     """
     begin = 3 if "gateway.llama.embedded" in command[:3] else 1
     found = []
@@ -143,7 +143,8 @@ def flags_identity(command: Sequence[str], env: Mapping[str, str] = {}) -> str:
             next(words, None)
         elif name not in _HARMLESS | _HARMLESS_ALONE:
             found.append(word)
-    found += sorted(f"{name}={value}" for name, value in env.items() if name.startswith("LLAMA_"))
+    told = {name: env[name] for name in env if name.startswith("LLAMA_") and name != KEY}
+    found += sorted(f"{name}={value}" for name, value in told.items())
     return blake2b("\0".join(found).encode(), digest_size=16).hexdigest()
 
 

@@ -37,6 +37,7 @@ from gateway.wire.events import (
     Event,
     Repair,
     Truncated,
+    Usage,
     message_events,
 )
 from gateway.wire.pulse import Rung, Times, Told
@@ -178,11 +179,12 @@ async def under_schema(
     async with Turn(tier, ticket) as turn:
         completion = await turn.ask(body, started, complete)
         ticket.content()
-        usage = repair.usage
-        usage.input, usage.cached = completion.evaluated, completion.cached
-        usage.output += completion.generated
-        tier.pace.learn(body, usage, completion.prefill, completion.generation)
-        tier.cache.answered(body, usage, ticket)
+        its_own = Usage(completion.evaluated, completion.cached, completion.generated)
+        tier.pace.learn(body, its_own, completion.prefill, completion.generation)
+        tier.cache.answered(body, its_own, ticket)
+        usage = repair.usage  # with what was said freely before
+        usage.input, usage.cached = its_own.input, its_own.cached
+        usage.output += its_own.output
         turn.finished()
     message = {
         "id": repair.message_id,

@@ -339,6 +339,7 @@ class Cache:
         return {
             **attrs.asdict(self.numbers),
             "model_kind": None if server is None else server.kind,
+            "saves": server is not None and self.store is not None and not server.exactly,
             "snapshots": 0 if self.store is None else len(self.store.snapshots),
             "snapshot_bytes": 0 if self.store is None else self.store.size,
             "moves": self.moves,

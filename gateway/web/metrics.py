@@ -26,7 +26,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_late
 from prometheus_client.registry import Collector
 
 from gateway.dispatch import Dispatch
-from gateway.ledger import ENDED_BY_HAND
+from gateway.figures import ENDED_BY_HAND
 from gateway.llama.child import State
 from gateway.policy.calls import KINDS
 

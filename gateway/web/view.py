@@ -15,7 +15,6 @@ import attrs
 
 from gateway import figures
 from gateway.figures import count, duration, line, listed, mapping, number, percent, speed, word
-from gateway.ledger import ENDED_BY_HAND
 
 Json = Any
 
@@ -28,9 +27,6 @@ _COLD: Final = 8
 
 #: States in which a server does not answer.
 _BAD: Final = frozenset({"unwell", "backoff", "failed", "stopped", "away", "refuses"})
-
-#: What became of a call that nobody has to look into.
-_WELL: Final = frozenset({"answered", "cancelled", ENDED_BY_HAND})
 
 #: Buckets of a chart that make an hour.
 _HOUR: Final = 12
@@ -210,7 +206,7 @@ def _tier(name: str, tier: Mapping[str, Json]) -> Tier:
         remarks,
         tuple(line(advice) for advice in listed(cache.get("advice"))),
         is_ours=tier.get("process") is not None,
-        saves=cache.get("model_kind") is not None,
+        saves=cache.get("saves") is True,
     )
 
 
@@ -257,7 +253,7 @@ def _call(call: Mapping[str, Json]) -> Call:
         output=count(call.get("output")),
         speed=_speed(call),
         outcome=outcome,
-        is_well=outcome in _WELL,
+        is_well=outcome in figures.WELL,
         place=count(call.get("place")),
         eta=duration(call.get("eta")),
         fraction=None,
@@ -366,11 +362,9 @@ def _hour(buckets: Sequence[Mapping[str, Json]]) -> tuple[str, ...]:
     calls, new, cached, output = (
         sum(bucket[name] for bucket in buckets) for name in ("calls", "input", "cached", "output")
     )
-    firsts = [
-        (bucket["first"], bucket["calls"]) for bucket in buckets if bucket["first"] is not None
-    ]
-    weight = sum(each for _, each in firsts)
-    mean = sum(first * each for first, each in firsts) / weight if weight else None
+    with_first = sum(bucket["with_first"] for bucket in buckets)
+    waited = sum((bucket["first"] or 0) * bucket["with_first"] for bucket in buckets)
+    mean = waited / with_first if with_first else None
     begin = _clock(buckets[0]["at"])[:5]
     share = _share(new, cached)
     return begin, count(calls), count(new), count(cached), share, count(output), duration(mean)

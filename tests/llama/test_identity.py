@@ -58,3 +58,4 @@ def test_options_that_tell() -> None:
     ]
     assert len({plain, *others}) == 6
     assert flags_identity(["llama-server"], {"HOME": "/"}) == plain
+    assert flags_identity(["llama-server"], {"LLAMA_API_KEY": "secret"}) == plain

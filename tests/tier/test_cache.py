@@ -226,7 +226,9 @@ def refusal(scene: Scene) -> str:
 def test_a_person_is_told_why_nothing_is_saved(scene: Scene) -> None:
     """A server of somebody else, an empty slot, a model of which it would be no use, a failure."""
     assert "No snapshots are taken" in refusal(scene)
+    assert not scene.cache.status()["saves"]
     scene.opened()
+    assert scene.cache.status()["saves"]
     assert "holds no conversation" in refusal(scene)
     scene.call("hi", conversation="")
     assert "holds no conversation" in refusal(scene)
@@ -579,6 +581,7 @@ def test_of_a_model_with_windows_the_beginning_alone_is_saved(scene: Scene) -> N
     """At its very end, once, and restored at the next start."""
     scene.model = windowed()
     scene.opened().call("hi")
+    assert not scene.cache.status()["saves"]
     scene.rest()
     assert scene.server.asked == ["evaluate", "save"]
     assert [each.what for each in scene.store.snapshots] == ["prefix"]

@@ -8,6 +8,8 @@ import pytest
 from twisted.logger import LogLevel
 
 from gateway.config import RouteRule
+from gateway.tier.pace import Pace
+from gateway.wire.events import Usage
 from tests.house import CLAUDE_CODE, HELLO, Browser, FakeLlama, Household, turn
 
 Json = Any
@@ -263,12 +265,15 @@ def test_words_that_fit_are_told_as_they_are() -> None:
     assert "/completion" not in house.main.paths()
 
 
-def test_words_that_do_not_fit_are_asked_for_again() -> None:
+def test_words_that_do_not_fit_are_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under the schema, behind the same prompt with the same tools, and without thinking."""
     house = Household.built()
     house.main.completions = ['{"ok": true}']
+    learnt: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(Pace, "learn", lambda _, *given: learnt.append(given))
     browser = house.ask(turn(tools=[TOOL], **under(VERDICT)))
     answer_with(house, "Yes, it is fine.")
+    assert learnt[-1][1:] == (Usage(11, 2, 5), 1.1, 0.5)  # of the second answer alone
     assert browser.json["content"] == [{"type": "text", "text": '{"ok": true}'}]
     assert browser.json["usage"]["output_tokens"] == 1 + 5
     asked = dict(house.main.asked)["/apply-template"]

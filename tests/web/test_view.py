@@ -140,7 +140,8 @@ def test_cold_prompts_are_explained() -> None:
 
 
 def bucket(**more: Any) -> dict[str, Any]:
-    return {"at": NOW, "calls": 0, "input": 0, "cached": 0, "output": 0, "first": None, **more}
+    none = {"calls": 0, "input": 0, "cached": 0, "output": 0, "first": None, "with_first": 0}
+    return {"at": NOW, **none, **more}
 
 
 def test_no_chart_of_nothing() -> None:
@@ -167,14 +168,14 @@ def test_charts() -> None:
 
 
 def test_the_same_by_the_hour() -> None:
-    """Twelve buckets are one row; the mean goes by the calls."""
-    slow = bucket(calls=3, input=10, cached=30, output=1, first=8.0)
-    fast = bucket(calls=1, input=10, cached=30, output=1, first=4.0)
+    """Twelve buckets are one row; the mean goes by the calls that had any content."""
+    slow = bucket(calls=3, input=10, cached=30, output=1, first=8.0, with_first=3)
+    fast = bucket(calls=9, input=10, cached=30, output=1, first=4.0, with_first=1)
     shown = view({}, [slow, fast, *[bucket()] * 11, slow]).charts
     assert shown is not None
     begin = time.strftime("%H:%M", time.localtime(NOW))
     assert shown.hours == (
-        (begin, "4", "20", "60", "75 %", "2", "7.0 s"),
+        (begin, "12", "20", "60", "75 %", "2", "7.0 s"),
         (begin, "3", "10", "30", "75 %", "1", "8.0 s"),
     )
     hours = view({}, [bucket(calls=1), *[bucket()] * 12]).charts

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import attrs
 
@@ -118,9 +119,9 @@ def server(facts: Facts, tier: TierFacts, say: Say) -> Iterator[Finding]:
 def _start(facts: Facts, tier: TierFacts) -> str:
     """How to get the server of a tier to run."""
     if tier.config.server is None:
-        port = tier.config.url.rpartition(":")[2]
+        where = listens_at(tier.config.url)
         return (
-            f"Start it: `llama-server --model FILE --port {port} --ctx-size {_WINDOW} --jinja`, or"
+            f"Start it: `llama-server --model FILE {where} --ctx-size {_WINDOW} --jinja`, or"
             f" give its command in [tier.{tier.name}.server], so that claudegw starts it"
         )
     if not facts.is_up:
@@ -129,6 +130,12 @@ def _start(facts: Facts, tier: TierFacts) -> str:
     reason = mapping(tier.status.get("process")).get("reason")
     log = facts.config.gateway.state_dir if facts.config else ""
     return f"It does not stay up ({reason or 'no reason is known'}); its log is in {log}"
+
+
+def listens_at(url: str) -> str:
+    """The flag with which a llama-server listens where a tier's `url` leads."""
+    parts = urlsplit(url)
+    return f"--host {parts.path}" if parts.scheme == "unix" else f"--port {parts.port or 80}"
 
 
 def _looks_like_llama(tier: TierFacts) -> bool:

@@ -13,6 +13,7 @@ from gateway.cli import main
 from gateway.commands import doctor
 from gateway.commands.doctor import report
 from gateway.commands.doctor.finding import Finding
+from gateway.commands.doctor.servers import listens_at
 from tests.commands.doctor.world import World, look
 
 OK = Finding("python", "ok", "Python 3.12")
@@ -25,6 +26,19 @@ def shown(*found: Finding, width: int = 40) -> str:
     console.print(report.page(found), soft_wrap=True)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("url", "flag"),
+    [
+        ("http://127.0.0.1:8080", "--port 8080"),
+        ("http://studio.local", "--port 80"),
+        ("unix:/run/llama.sock", "--host /run/llama.sock"),
+    ],
+)
+def test_where_a_server_is_to_listen(url: str, flag: str) -> None:
+    """As its tier's url says, with a port, without one, or behind a socket."""
+    assert listens_at(url) == flag
 
 
 def test_a_remedy_stays_on_one_line() -> None:
