@@ -56,6 +56,10 @@ _DELTAS: Final[Mapping[str, tuple[str, str]]] = {
 #: What the end of a message says of it; more there may be, but nothing that its start says.
 _OF_THE_END: Final = frozenset({"stop_reason", "stop_sequence", "usage"})
 
+#: Characters of a message that is held whole, and what a block of it costs beside its words.
+_LONGEST: Final = 64 * 1024 * 1024
+_BLOCK: Final = 1024
+
 
 class Truncated(Exception):
     """The upstream's stream ended before it said why."""
@@ -391,14 +395,15 @@ def _tool_id(there: str) -> str:
 
 @attrs.define(eq=False)
 class Assembly:
-    """The events of `Repair`, folded into the one message that they tell."""
+    """The events of `Repair`, folded into the one message that they tell, of bounded length."""
 
     # Whose beginning was told to somebody else has none here.
     _message: dict[str, Json] = attrs.field(factory=lambda: {"content": []}, init=False)
     _parts: list[list[str]] = attrs.field(factory=list, init=False)
+    _room: int = attrs.field(factory=lambda: _LONGEST, init=False)
 
     def add(self, events: Iterable[Event]) -> None:
-        """These came next."""
+        """These came next; raises ApiError if they are too many."""
         for event in events:
             self._add(event.body)
 
@@ -406,12 +411,14 @@ class Assembly:
         """Everything after the beginning will come anew."""
         self._message["content"] = []
         self._parts.clear()
+        self._room = _LONGEST
 
     def _add(self, body: Mapping[str, Json]) -> None:
         match body["type"]:
             case "message_start":
                 self._message = {**body["message"], "content": []}
             case "content_block_start":
+                self._take(_BLOCK)
                 self._message["content"].append(dict(body["content_block"]))
                 self._parts.append([])
             case "content_block_delta":
@@ -419,11 +426,18 @@ class Assembly:
                 if delta["type"] == "signature_delta":
                     self._message["content"][-1]["signature"] = delta["signature"]
                 else:
-                    self._parts[-1].append(_payload(delta))
+                    said = _payload(delta)
+                    self._take(len(said))
+                    self._parts[-1].append(said)
             case "message_delta":
                 ending = {**body["delta"], "usage": body["usage"]}
                 taken = self._message.keys() - _OF_THE_END
                 self._message |= {name: ending[name] for name in ending if name not in taken}
+
+    def _take(self, characters: int) -> None:
+        self._room -= characters
+        if self._room < 0:
+            raise ApiError("api_error", f"The model server sent more than {_LONGEST} characters.")
 
     def message(self) -> dict[str, Json]:
         """The whole message; call it after the last event."""

@@ -19,7 +19,8 @@ from twisted.web.server import Request
 from gateway.config import Gateway
 from gateway.daemon.log import in_words
 from gateway.ledger import Ledger
-from tests.house import Household, turn
+from gateway.wire import events
+from tests.house import HELLO, Household, turn
 from tests.remote.scene import Scene
 
 reactor: Any = real_reactor
@@ -210,6 +211,32 @@ def test_an_answer_without_end_is_ended() -> None:
     scene.house.settle()
     assert browser.status == 500
     assert "sent more than" in browser.json["error"]["message"]
+
+
+def test_a_message_without_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is held whole; one that is streamed on is held by nobody."""
+    monkeypatch.setattr(events, "_LONGEST", 20_000)
+    more = HELLO[2] | {"delta": {"type": "text_delta", "text": "x" * 5000}}
+    scene = Scene.of("anthropic")
+    for stream in (False, True):
+        browser = scene.house.ask(turn(stream=stream))
+        held = scene.there.held.pop()
+        held.begin()
+        held.send(*HELLO[:2], more, more, more)
+        scene.house.settle()
+        assert not held.left
+        held.send(more)
+        scene.house.settle()
+        assert held.left == (not stream)
+        if stream:
+            held.send(*HELLO[3:])
+            held.finish()
+            scene.house.settle()
+            assert browser.body.count(b"x" * 5000) == 4
+        else:
+            assert browser.status == 500
+            assert "sent more than 20000 characters" in browser.json["error"]["message"]
+    assert scene.house.line().running == 0
 
 
 @pytest_twisted.ensureDeferred
