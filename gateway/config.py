@@ -26,6 +26,9 @@ from cattrs.gen import make_dict_structure_fn, override
 
 MIB: Final = 1024 * 1024
 
+#: Where the gateway of a user keeps what outlives it.
+STATE_DIR: Final = Path("~/.local/share/claudegw")
+
 
 class ConfigError(Exception):
     """
@@ -230,7 +233,7 @@ class Gateway:
             lambda url: url is None or (url.startswith("http:") and is_upstream(url)),
         ),
     )
-    state_dir: Path = Path("~/.local/share/claudegw")
+    state_dir: Path = STATE_DIR
     token: str | None = attrs.field(default=None, metadata=_filled, repr=False)
     hosts: tuple[str, ...] = ()
     body_limit: int = attrs.field(default=32 * MIB, metadata=_between(1024))

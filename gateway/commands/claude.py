@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, Final, NoReturn
@@ -27,19 +28,23 @@ from urllib.parse import urlsplit
 import attrs
 
 from gateway.commands.running import NoGateway, Unusable, ask, url_of
-from gateway.commands.settings import Loading, compacts_at, settings, status_line, windows
-from gateway.config import Config
+from gateway.commands.settings import (
+    OWN_PROMPT,
+    Loading,
+    compacts_at,
+    settings,
+    status_line,
+    windows,
+)
+from gateway.config import STATE_DIR, Config
 from gateway.daemon.folder import private
 from gateway.figures import line
 from gateway.policy.routes import MAIN
 
 Json = Any
 
-#: Our settings file, in the state folder.
+#: Our settings file.
 _FILE: Final = "claude-code.json"
-
-#: Tokens that Claude Code says by itself before its user says anything.
-_PROMPT: Final = 24_000
 
 #: Seconds that a gateway gets to listen once it was started.
 _LISTENS: Final = 60.0
@@ -51,7 +56,7 @@ _REFRESH: Final = 0.5
 _GIVEN_UP: Final = ("stopped", "failed")
 
 #: Where an organization's settings lie, which outrank all others.
-_MANAGED: Final = {
+MANAGED: Final = {
     "darwin": Path("/Library/Application Support/ClaudeCode"),
     "linux": Path("/etc/claude-code"),
 }
@@ -201,10 +206,10 @@ def _environment(environ: Mapping[str, str]) -> Source:
 
 def _too_small(window: int) -> Iterator[str]:
     at = compacts_at(window)
-    if at < _PROMPT:
+    if at < OWN_PROMPT:
         yield (
             f"The main model's window of {window} tokens is too small: Claude Code's own prompt has"
-            f" up to {_PROMPT}, and it compacts a conversation at {max(0, at)}; give the model's"
+            f" up to {OWN_PROMPT}, and it compacts a conversation at {max(0, at)}; give the model's"
             " server a --ctx-size of 65536 a slot, or Claude Code fewer tools (--tools)."
         )
 
@@ -278,13 +283,15 @@ def run(
         known = up(config, config_file)
     except KeyboardInterrupt:
         raise Unusable("Interrupted; nothing was started.") from None
+    except OSError as error:  # the state folder of a gateway that would have been started
+        raise Unusable(f"{error.filename}: {error.strerror}") from None
     ours = settings(config, known, status_line(config_file))
-    sources = list(found(Path.home(), Path.cwd(), os.environ, _MANAGED.get(sys.platform)))
+    sources = list(found(Path.home(), Path.cwd(), os.environ, MANAGED.get(sys.platform)))
     start = session(ours, known[MAIN], sources, os.environ, arguments)
     for sentence in start.said:
         _say(sentence)
     try:
-        file = write(config.gateway.state_dir / _FILE, start.settings)
+        file = write(folder_for(config.gateway.state_dir, os.geteuid()) / _FILE, start.settings)
         os.execve(  # noqa: S606  # the very thing: no shell, and no process of ours left
             client, [client, "--settings", str(file), *arguments], start.environ
         )
@@ -329,6 +336,14 @@ def _read(path: Path, home: Path, *, managed: bool = False) -> Iterator[Source]:
     if isinstance(settings, dict):
         name = f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
         yield Source(name, settings, managed)
+
+
+def folder_for(state: Path, user: int) -> Path:
+    """Where the settings file of a user goes: the state folder, or theirs if it is a service's."""
+    with suppress(OSError):
+        if state.stat().st_uid != user:
+            return STATE_DIR.expanduser()
+    return state
 
 
 def write(path: Path, value: Json) -> Path:

@@ -20,6 +20,9 @@ _ANSWER: Final = 8192
 #: Claude Code compacts a conversation when so many tokens and an answer are all that is left.
 _RESERVE: Final = 13_000
 
+#: Tokens that Claude Code says by itself before its user says anything.
+OWN_PROMPT: Final = 24_000
+
 #: Seconds between two looks of the client's status line, whatever it does meanwhile.
 _REFRESH: Final = 2
 

@@ -68,7 +68,9 @@ class Access:
         host = _without_port(headers.get("host", "")).lower()
         known = _LOOPBACK.union(map(str.lower, self.hosts))
         # A name can be made to lead here by anybody (DNS rebinding), an address cannot.
-        if host not in known and not (self.token is not None and _is_address(host)):
+        if self.token is not None and _is_address(host):
+            known |= {host}
+        if host not in known:
             return ApiError(
                 "permission_error",
                 f"This gateway does not answer to the name {host[:100]!r};"

@@ -304,7 +304,7 @@ def house(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> House:
     monkeypatch.setenv("PATH", str(program.parent))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(claude, "_MANAGED", {})
+    monkeypatch.setattr(claude, "MANAGED", {})
     monkeypatch.setattr(claude, "ask", house.ask)
     monkeypatch.setattr(claude, "windows", house.windows)
     monkeypatch.setattr("gateway.commands.claude.os.execve", house.execve)
@@ -329,6 +329,30 @@ def test_the_client_is_executed(
     assert [each.name for each in file.parent.iterdir()] == [file.name]
     assert environ["ANTHROPIC_MODEL"] == "claudegw-main"
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_gateway_that_cannot_be_started_here(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its state folder is somebody else's: that is said, and nothing more."""
+
+    def up(*_: object) -> None:
+        raise PermissionError(1, "it belongs to another user", "/var/lib/claudegw")
+
+    monkeypatch.setattr(claude, "up", up)
+    with pytest.raises(Unusable, match="/var/lib/claudegw: it belongs to another user"):
+        house.run()
+
+
+@pytest.mark.usefixtures("house")
+def test_the_folder_of_a_service_is_left_alone(tmp_path: Path) -> None:
+    """Who may read its configuration, and is somebody else, has the file in a folder of theirs."""
+    state = tmp_path / "state"
+    assert claude.folder_for(state, os.geteuid()) == state  # it will be made
+    state.mkdir()
+    assert claude.folder_for(state, os.geteuid()) == state
+    theirs = tmp_path / "home/.local/share/claudegw"
+    assert claude.folder_for(state, os.geteuid() + 1) == theirs
 
 
 def test_nothing_of_the_users_is_changed(

@@ -73,6 +73,17 @@ def test_other_names_are_not(host: str) -> None:
     assert "hosts" in error.message
 
 
+@pytest.mark.parametrize("host", ["10.0.0.7:9090", "[fe80::1]:9090"])
+def test_a_page_under_an_address_is_at_home(host: str) -> None:
+    """Where a token lets it be shown there its buttons work; another address is another place."""
+    headers = {"origin": f"http://{host}", "x-api-key": TOKEN}
+    assert refusal(headers=headers, host=host, token=TOKEN) is None
+    for elsewhere in ("http://10.0.0.8:9090", "http://studio.local:9090"):
+        error = refusal(headers=headers | {"origin": elsewhere}, host=host, token=TOKEN)
+        assert error is not None
+        assert error.status == 403
+
+
 def test_no_host_is_refused() -> None:
     """A request that does not say whom it means is not let in."""
     error = Access(None, (), 1024).refusal("/v1/messages", {})

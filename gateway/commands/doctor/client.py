@@ -6,7 +6,8 @@ import shlex
 from collections.abc import Iterator, Mapping
 from typing import Final
 
-from gateway.commands.doctor.facts import Facts, Source
+from gateway.commands.claude import Source
+from gateway.commands.doctor.facts import Facts
 from gateway.commands.doctor.finding import Finding, Say
 from gateway.policy.routes import MAIN
 

@@ -6,7 +6,6 @@ Nothing is changed on the way.  A tier whose slots are at work is not given furt
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import sys
@@ -19,9 +18,12 @@ from urllib.parse import urlsplit
 import attrs
 from packaging.requirements import Requirement
 
+from gateway.commands.claude import MANAGED, Source
+from gateway.commands.claude import found as settings_of
 from gateway.commands.doctor.machine import Listener, Machine, Reply
 from gateway.commands.running import Unusable, address, url_of
 from gateway.config import MIB, Config, ConfigError, Server, Tier, load
+from gateway.figures import mapping
 from gateway.llama import embedded, gguf
 from gateway.llama.command import command, option
 from gateway.llama.ram import of_command
@@ -35,12 +37,6 @@ _ROUND: Final = 90.0
 
 #: Words that no template has.
 MARK: Final = "claudegw_doctor_looks"
-
-#: Where an organization's settings for the client lie.
-_MANAGED: Final = {
-    "darwin": Path("/Library/Application Support/ClaudeCode/managed-settings.json"),
-    "linux": Path("/etc/claude-code/managed-settings.json"),
-}
 
 _PART: Final = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
@@ -66,22 +62,24 @@ class ModelFile:
 
 @attrs.frozen
 class Folder:
-    """A folder: whether it is there, may be written to, its mode, and whether it is one."""
+    """A folder: whether it is there, may be written to, its mode, whether it is one, and ours."""
 
     path: Path
     exists: bool
     writable: bool
     mode: int
     is_folder: bool = True
+    is_ours: bool = True
 
     @classmethod
-    def of(cls, path: Path) -> Folder:
+    def of(cls, path: Path, user: int) -> Folder:
         try:
-            mode = path.stat().st_mode & 0o777
+            state = path.stat()
         except OSError:
             return cls(path, exists=False, writable=False, mode=0)
+        mode, is_ours = state.st_mode & 0o777, state.st_uid == user
         writable = path.is_dir() and os.access(path, os.W_OK | os.X_OK) and bool(mode & 0o200)
-        return cls(path, exists=True, writable=writable, mode=mode, is_folder=path.is_dir())
+        return cls(path, True, writable, mode, path.is_dir(), is_ours)
 
 
 @attrs.frozen
@@ -140,19 +138,6 @@ class TierFacts:
     @property
     def slots(self) -> int:
         return number(mapping(self.props.said).get("total_slots"))
-
-
-@attrs.frozen
-class Source:
-    """Settings of the client: where they are, what they say, whether an organization says it."""
-
-    name: str
-    settings: Mapping[str, Json]
-    managed: bool = False
-
-    @property
-    def env(self) -> Mapping[str, str]:
-        return mapping(self.settings.get("env"))
 
 
 @attrs.frozen
@@ -227,7 +212,7 @@ def gather(machine: Machine, path: Path) -> Facts:
             if listener is not None:
                 status = machine.ask(url, "/status", key=config.gateway.token)
         root = config.gateway.state_dir
-        state = (Folder.of(root), Folder.of(root / "slots"))
+        state = tuple(Folder.of(path, machine.user) for path in (root, root / "slots"))
         known = mapping(mapping(status.said).get("tiers"))
         tiers = [
             _tier(machine, config, url, name, mapping(known.get(name))) for name in config.tier
@@ -448,14 +433,11 @@ def _rounds(machine: Machine, config: Config, url: str, name: str) -> dict[str, 
 
 def _client(machine: Machine) -> Client:
     program = machine.which(machine.environ.get("CLAUDE") or "claude")
-    users = Path(machine.environ.get("CLAUDE_CONFIG_DIR") or machine.home / ".claude")
-    here = machine.folder / ".claude"
-    files = [users / "settings.json", here / "settings.json", here / "settings.local.json"]
-    sources = [Source("the environment", {"env": dict(machine.environ)})]
-    sources += [Source(str(path), found) for path in files if (found := _json(path))]
-    managed = _MANAGED.get(sys.platform)
-    if managed is not None and (found := _json(managed)):
-        sources.append(Source(str(managed), found, managed=True))
+    managed = MANAGED.get(sys.platform)
+    sources = [
+        Source("the environment", {"env": machine.environ}),
+        *settings_of(machine.home, machine.folder, machine.environ, managed),
+    ]
     return Client(program, machine.version(program) if program else "", tuple(sources))
 
 
@@ -477,19 +459,7 @@ def _text(path: Path) -> str:
         return ""
 
 
-def _json(path: Path) -> Mapping[str, Json]:
-    try:
-        return mapping(json.loads(path.read_bytes()))
-    except (OSError, ValueError, RecursionError):
-        return {}
-
-
 # --- values, whatever they are --------------------------------------------------------------------
-
-
-def mapping(value: Json) -> Mapping[str, Json]:
-    """`value` if it is a mapping; an empty one else."""
-    return value if isinstance(value, Mapping) else {}
 
 
 def number(value: Json) -> int:

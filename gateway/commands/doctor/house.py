@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from math import ceil
 from typing import Final
 
-from gateway.commands.doctor.facts import Facts, mapping, number
+from gateway.commands.doctor.facts import Facts, number
 from gateway.commands.doctor.finding import Finding, Say, who
 from gateway.config import MIB
 from gateway.daemon import longest_stop
+from gateway.figures import mapping
 
 #: The oldest Python that we run on.
 _PYTHON: Final = (3, 11)
@@ -68,7 +69,8 @@ def token(facts: Facts, say: Say) -> Iterator[Finding]:
     if config is None:
         return
     secrets = config.gateway.token, *(tier.api_key for tier in config.tier.values())
-    if any(secrets) and facts.mode & 0o077:
+    others = 0o027 if facts.unit else 0o077  # a service reads the file as its group
+    if any(secrets) and facts.mode & others:
         yield say(
             "warning",
             f"others on this machine can read the keys in {facts.path} (mode {facts.mode:04o})",
@@ -91,6 +93,14 @@ def state(facts: Facts, say: Say) -> Iterator[Finding]:
                 "problem",
                 f"{folder.path} is no folder, and one has to be made there",
                 f"Move it away: `mv {path} {path}.old`",
+            )
+        elif not folder.is_ours and facts.is_up:
+            yield say("ok", f"{folder.path} belongs to the user whose gateway runs")
+        elif not folder.is_ours:
+            yield say(
+                "problem",
+                f"{folder.path} belongs to another user: nobody else can start the gateway in it",
+                "Start it as that user, or set another state_dir in [gateway]",
             )
         elif not folder.writable:
             yield say(

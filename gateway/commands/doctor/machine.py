@@ -85,6 +85,7 @@ class Machine:
         environ: the environment of who asks.
         home: their home.
         folder: where they are.
+        user: their number.
         unit: the file that has systemd start us.
         until: when, by `time.monotonic`, no further question is asked.
     """
@@ -92,6 +93,7 @@ class Machine:
     environ: Mapping[str, str] = attrs.field(factory=lambda: dict(os.environ), repr=False)
     home: Path = attrs.field(factory=Path.home)
     folder: Path = attrs.field(factory=Path.cwd)
+    user: int = attrs.field(factory=os.geteuid)
     unit: Path = Path("/etc/systemd/system/claudegw.service")
     until: float = attrs.field(factory=lambda: time.monotonic() + 600)
 

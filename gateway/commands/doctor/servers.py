@@ -10,17 +10,16 @@ from urllib.parse import urlsplit
 
 import attrs
 
-from gateway.commands.doctor.facts import MARK, Facts, TierFacts, mapping, number
+from gateway.commands.doctor.facts import MARK, Facts, TierFacts, number
 from gateway.commands.doctor.finding import Finding, Say, Status, who
-from gateway.commands.settings import compacts_at
+from gateway.commands.settings import OWN_PROMPT, compacts_at
+from gateway.figures import mapping
 from gateway.llama.command import option
 from gateway.policy.routes import MAIN
 
 Json = Any
 
-
-#: Tokens that Claude Code says by itself before its user says anything, and a window for work.
-_PROMPT: Final = 24_000
+#: Tokens of a window for work.
 _WINDOW: Final = 65_536
 
 #: States of a server of ours that is on its way.
@@ -180,7 +179,7 @@ def window(facts: Facts, tier: TierFacts, say: Say) -> Iterator[Finding]:
     if not window:
         return
     at = compacts_at(window)
-    if tier.name != MAIN or at >= _PROMPT:
+    if tier.name != MAIN or at >= OWN_PROMPT:
         yield say("ok", f"{window} tokens a slot")
         return
     size = _WINDOW * max(tier.slots, 1)
@@ -188,10 +187,10 @@ def window(facts: Facts, tier: TierFacts, say: Say) -> Iterator[Finding]:
     trained = 0 if tier.model is None or tier.model.model is None else tier.model.model.n_ctx
     if 0 < trained <= window:  # llama-server gives a slot no more than that
         remedy = f"Use a model that was trained with {_WINDOW} tokens; this one was with {trained}"
-    does_not_fit = window < _PROMPT + 1024
+    does_not_fit = window < OWN_PROMPT + 1024
     yield say(
         "problem" if does_not_fit else "warning",
-        f"{window} tokens a slot; Claude Code's own prompt has {_PROMPT}"
+        f"{window} tokens a slot; Claude Code's own prompt has {OWN_PROMPT}"
         + ("" if does_not_fit else f", and it compacts a conversation at {max(0, at)}"),
         remedy,
     )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import attrs
 import pytest
 
+from gateway.commands.doctor import facts
 from gateway.commands.doctor.checks import would_work
 from gateway.commands.doctor.finding import Finding
 from gateway.commands.doctor.machine import Listener, Reply
@@ -83,6 +85,11 @@ def _three_calls(world: World) -> None:
 def _no_folder(world: World) -> None:
     (world.at / "file").write_text("")
     world.config["gateway"]["state_dir"] = str(world.at / "file")
+
+
+def _of_another_user(world: World) -> None:
+    world.user += 1
+    world.running = False
 
 
 def _elsewhere(world: World, **gateway: str) -> None:
@@ -220,6 +227,14 @@ SETUPS = {
     ),
     "a state folder that all can look into": Setup(
         lambda world: (world.at / "state").chmod(0o755), "state", "warning", "0755", "chmod 700"
+    ),
+    "a state folder of another user": Setup(
+        _of_another_user,
+        "state",
+        "problem",
+        "belongs to another user",
+        "Start it as that user",
+        lambda world: setattr(world, "running", True),
     ),
     "a folder for slots that cannot be written to": Setup(
         lambda world: (world.at / "state/slots").chmod(0o500),
@@ -475,6 +490,32 @@ def test_a_configuration_that_is_not_there(world: World) -> None:
     assert not would_work([found])
     follow(found.remedy, world)
     assert load(world.path, KINDS).tier["main"].slots == 1
+
+
+def test_a_service_reads_its_configuration_as_its_group(world: World) -> None:
+    """That it can is no fault; that all can is one."""
+    world.config["gateway"]["token"] = world.token = "secret"
+    world.write()
+    world.path.chmod(0o640)
+    assert of(look(world), "token")
+    world.unit.write_text("[Service]\nType=notify\nTimeoutStopSec=1h\n")
+    assert not of(look(world), "token")
+    world.path.chmod(0o644)
+    assert of(look(world), "token")
+
+
+def test_an_organizations_settings_are_looked_at(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those that lie in a folder of their own."""
+    managed = world.at / "etc"
+    (managed / "managed-settings.d").mkdir(parents=True)
+    settings = json.dumps({"env": {"ANTHROPIC_BASE_URL": "https://proxy.example"}})
+    (managed / "managed-settings.d/10.json").write_text(settings)
+    monkeypatch.setattr(facts, "MANAGED", {sys.platform: managed})
+    (found,) = of(look(world), "settings")
+    assert found.status == "problem"
+    assert str(managed / "managed-settings.d/10.json") in found.remedy
 
 
 def test_settings_nested_without_end(world: World) -> None:

@@ -126,6 +126,10 @@ class World(Machine):
     def path(self) -> Path:
         return self.at / "gw.toml"
 
+    def at_home(self, shown: str) -> Path:
+        """The file that is shown by this name."""
+        return self.home / shown[2:] if shown.startswith("~/") else Path(shown)
+
     def write(self) -> None:
         """The configuration as it is now."""
         mode = self.path.stat().st_mode if self.path.exists() else 0o600
@@ -265,9 +269,9 @@ def follow(remedy: str, world: World) -> None:
     elif found := re.search(r"Restart the server with `(.+?)`", remedy):
         world.flags = _with(world.flags, found[1])
     elif found := re.search(r"Set `(\w+)` to `(.+?)` under env in (\S+)", remedy):
-        _change(Path(found[3]), lambda said: said["env"].update({found[1]: found[2]}))
+        _change(world.at_home(found[3]), lambda said: said["env"].update({found[1]: found[2]}))
     elif found := re.search(r"Remove `(\w+)` from (\S+)", remedy):
-        _change(Path(found[2]), lambda said: _remove(said, found[1]))
+        _change(world.at_home(found[2]), lambda said: _remove(said, found[1]))
     else:
         _run(shlex.split(quoted[1]), world)
 
