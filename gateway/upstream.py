@@ -415,18 +415,11 @@ class Upstream:
 
     async def status(self, path: str) -> int | None:
         """The status of an answer to GET `path`; None where none comes in a short time."""
-
-        async def asking() -> int:
-            answer = await self.request("GET", path)
-            await answer.read()
-            return answer.status
-
-        asked = Deferred.fromCoroutine(asking())
-        asked.addTimeout(_HEALTH_PATIENCE, self._reactor)
         try:
-            return await asked
-        except (ApiError, Lost, TimedOut):
+            answer, _ = await self.fetch("GET", path, patience=_HEALTH_PATIENCE)
+        except ApiError:
             return None
+        return answer.status
 
     async def request(
         self, method: str, path: str, body: Json = None, headers: Mapping[str, str] | None = None
