@@ -21,7 +21,7 @@ from sphinx.application import Sphinx
 
 from gateway.changes import between
 from gateway.config import EXPECTED, Config, Gateway, RouteRule, Server, Tier
-from gateway.policy.calls import KINDS
+from gateway.policy.calls import ROUTED
 
 #: The line of a page that is replaced.
 MARK: Final = "% The keys of gateway/config.py"
@@ -118,7 +118,7 @@ def _unless_none(hint: Any) -> Any:
 def _key(kind: type[Any], field: Any, hint: Any, meaning: str) -> Key:
     expected = field.metadata.get(EXPECTED, "")
     if kind is RouteRule and field.name == "kind":  # what only a whole configuration is held to
-        expected = "one of " + ", ".join(KINDS)
+        expected = "one of " + ", ".join(ROUTED)
     takes = _TYPES[hint] if not expected or expected == "something" else _takes(hint, expected)
     return Key(field.name, takes, _default(field), meaning, _needs_restart(kind, field.name))
 

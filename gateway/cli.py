@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None, platform: str = sys.platform) -
     from gateway.commands.claude import split
     from gateway.commands.running import Unusable
     from gateway.config import ConfigError, load
-    from gateway.policy.calls import KINDS
+    from gateway.policy.calls import ROUTED
 
     ours, theirs = split(given)
     options = _parser().parse_args(ours, Namespace(platform=platform, theirs=theirs))
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None, platform: str = sys.platform) -
 
         return doctor.run(options.config, as_json=options.json)
     try:
-        options.run(load(options.config, KINDS), options)
+        options.run(load(options.config, ROUTED), options)
     except ConfigError as error:
         for mistake in error.mistakes:
             print(f"claudegw: {mistake}", file=sys.stderr)

@@ -203,7 +203,8 @@ class Gateway:
     The door of the house.
 
     Attributes:
-        listen: a Twisted endpoint string.
+        listen: where clients come in, as Twisted writes an endpoint: ``tcp:PORT``, ``unix:PATH``,
+            ``systemd:...`` or ``launchd:NAME``.
         url: where clients on this machine find us; None where `listen` says it.
         state_dir: what outlives the process; made with mode 0700.
         token: what clients must show; needed to listen on other addresses than loopback.
@@ -224,7 +225,7 @@ class Gateway:
 
     listen: str = attrs.field(
         default="tcp:9090:interface=127.0.0.1",
-        metadata=_must('a Twisted endpoint such as "tcp:9090"', is_listenable),
+        metadata=_must('"tcp:...", "unix:...", "systemd:..." or "launchd:..."', is_listenable),
     )
     url: str | None = attrs.field(
         default=None,

@@ -44,7 +44,7 @@ from gateway.llama.child import Child, Limits, State
 from gateway.llama.client import SLOT_PATIENCE, LlamaClient
 from gateway.llama.command import command, environment, option
 from gateway.llama.snapshots import Store
-from gateway.policy.calls import KINDS
+from gateway.policy.calls import ROUTED
 from gateway.policy.order import Rank
 from gateway.remote import remote
 from gateway.tier.tier import Tier
@@ -104,7 +104,7 @@ class Options(usage.Options):
 
 def _load(path: Path) -> Config:
     """The configuration, with the keys that it takes from the environment; raises ConfigError."""
-    config = load(path, KINDS)
+    config = load(path, ROUTED)
     mistakes = missing_keys(config)
     if mistakes:
         raise ConfigError(mistakes)

@@ -592,6 +592,15 @@ def test_only_the_mistakes_are_seen(
     assert capsys.readouterr() == ("", "")
 
 
+def test_no_route_waits_for_a_count(tmp_path: Path) -> None:
+    """A count goes where its message would go, so that a route for counts is a mistake."""
+    path = tmp_path / "gw.toml"
+    main = ELSEWHERE.replace("tier.far", "tier.main")
+    path.write_text(f'{main}\n[[route]]\nkind = "count"\ntier = "main"\n')
+    with pytest.raises(SystemExit, match=r"route\[0\]\.kind: expected one of turn, .*other, got"):
+        Options().parseOptions(["--config", str(path)])
+
+
 def test_a_gateway_without_a_key_that_it_needs_does_not_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

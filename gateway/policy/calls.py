@@ -37,6 +37,9 @@ Kind = Literal[
 ]
 KINDS: Final[tuple[str, ...]] = get_args(Kind)
 
+#: Those that a route can name: a count goes where the message would go.
+ROUTED: Final = tuple(kind for kind in KINDS if kind != "count")
+
 #: Kinds that are housekeeping: their answers are short, and bounded.
 HOUSEKEEPING: Final = frozenset({"title", "hook", "fetch", "probe"})
 

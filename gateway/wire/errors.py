@@ -180,7 +180,7 @@ def from_upstream_error(
         return ApiError(
             "api_error",
             f"The server of tier {tier!r} has no such endpoint: is it a llama-server of"
-            " December 2025 or later?",
+            " build 11434 or newer?",
             status=502,
             should_retry=False,
         )

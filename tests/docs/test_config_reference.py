@@ -98,3 +98,8 @@ def test_the_page_has_the_mark() -> None:
     """Where the reference goes is said once."""
     assert (ROOT / "docs/configuration.md").read_text().count(MARK) == 1
     assert MARK not in reference()
+
+
+def test_a_route_names_what_can_be_routed() -> None:
+    """A kind that no route can match is not among those that it may name."""
+    assert "count" not in keys()["[[route]]", "kind"].takes

@@ -27,7 +27,7 @@ from gateway.figures import mapping
 from gateway.llama import embedded, gguf
 from gateway.llama.command import command, option
 from gateway.llama.ram import of_command
-from gateway.policy.calls import KINDS
+from gateway.policy.calls import ROUTED
 from gateway.policy.routes import MODEL_PREFIX
 
 Json = Any
@@ -250,7 +250,7 @@ def _elsewhere(machine: Machine, listen: str) -> str:
 
 def _config(path: Path) -> tuple[Config | None, tuple[str, ...]]:
     try:
-        return load(path, KINDS), ()
+        return load(path, ROUTED), ()
     except ConfigError as error:
         return None, tuple(error.mistakes)
 
