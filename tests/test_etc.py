@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import tomllib
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
+import attrs
 import pytest
 
-from gateway.config import load
+from gateway.config import Gateway, Server, Tier, load
 from gateway.llama.command import command
 from gateway.policy.calls import KINDS
 
@@ -21,6 +25,24 @@ def test_it_loads(name: str) -> None:
     assert list(config.tier) == ["main", "small"]
     assert all(tier.server is not None for tier in config.tier.values())
     assert [rule.tier for rule in config.route] == ["small"]
+
+
+@pytest.mark.parametrize(
+    ("table", "kind"), [("gateway", Gateway), ("tier.main", Tier), ("tier.main.server", Server)]
+)
+def test_a_key_that_is_commented_out_shows_its_default(table: str, kind: type[Any]) -> None:
+    """Where it has one; so who takes the mark away changes nothing."""
+    (about,) = re.findall(
+        rf"^\[{re.escape(table)}\]\n(.*?)(?:^\[|\Z)",
+        (ETC / "gw.toml").read_text(),
+        re.MULTILINE | re.DOTALL,
+    )
+    shown = tomllib.loads("\n".join(re.findall(r"^# (\w+ = .+)$", about, re.MULTILINE)))
+    defaults = {field.name: field.default for field in attrs.fields(kind)}
+    assert shown
+    for name, value in shown.items():
+        if defaults[name] not in (None, ()) and not isinstance(value, dict):
+            assert value == defaults[name], name
 
 
 def test_the_mac_studio_is_as_promised() -> None:
