@@ -37,8 +37,15 @@ LOADS: Final = 900
 #: The ports of etc/demo.toml: the gateway's and its models'.
 PORTS: Final = ("9090", "9091", "9092")
 
+#: That the client's settings are there, for their owner alone.
+_IS_PRIVATE: Final = (
+    "grep -q ANTHROPIC_BASE_URL claude.json; ls -l claude.json | grep -q '^-rw-------'"
+)
+
 #: What is added to a command so that it ends, or shows what it did.
 ADDED: Final = {
+    "(umask 077; .venv/bin/claudegw settings": "\n" + _IS_PRIVATE,
+    "(umask 077; venv/bin/claudegw settings": "\n" + _IS_PRIVATE,
     "claude --settings": " -p hello",
     'eval "$(venv/bin/claudegw settings --shell': '\ntest "$ANTHROPIC_MODEL" = claudegw-main',
     ".venv/bin/pytest": " --collect-only -q tests/wire",
@@ -138,9 +145,11 @@ def both_are_up(gateway: Running) -> bool:
 
 
 def run_here(*but: str) -> list[Command]:
-    """The commands that are typed, each once a page."""
-    found = [command for command in commands() if row_of(command.text) in RUN]
-    first = {(command.sample.page, command.text): command for command in reversed(found)}
+    """The commands that are typed, each once a page, in their order there."""
+    first: dict[tuple[str, str], Command] = {}
+    for command in commands():
+        if row_of(command.text) in RUN:
+            first.setdefault((command.sample.page, command.text), command)
     return [command for command in first.values() if not command.text.startswith(but)]
 
 
@@ -184,11 +193,11 @@ def test_claude_code_is_started(tmp_path: Path) -> None:
         stage = Stage.made(tmp_path, config)
         gateway = run_gateway(stage.folder, int(stage.ports[0]))
         try:
-            for command in of_row("claude --settings"):
-                text = command.text + ADDED["claude --settings"]
+            for command in of_row(*(row for row in RUN if row.startswith(("(umask", "claude --")))):
+                row = row_of(command.text)
                 environment = {"PATH": f"{path}:{stage.environment['PATH']}", **quiet, **proxies}
-                said = stage.type(text, **environment)
-                assert said == "Said by main.\n"
+                said = stage.type(command.text + ADDED[row], **environment)
+                assert said == ("" if row.startswith("(") else "Said by main.\n")
         finally:
             assert gateway.stop() == 0
 

@@ -132,7 +132,7 @@ def test_a_command_has_the_form_of_one(command: Command) -> None:
 
 
 #: A use of ``claudegw`` itself, with what it is told.
-CLAUDEGW = re.compile(r"(?:^|\$\()(?:\S*/)?claudegw ([^)#]*)")
+CLAUDEGW = re.compile(r"(?:^|\$\(|; )(?:\S*/)?claudegw ([^)#>]*)")
 
 
 @pytest.mark.parametrize(
