@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from itertools import chain
 
@@ -103,3 +104,12 @@ def test_the_page_has_the_mark() -> None:
 def test_a_route_names_what_can_be_routed() -> None:
     """A kind that no route can match is not among those that it may name."""
     assert "count" not in keys()["[[route]]", "kind"].takes
+
+
+def test_what_waits_for_a_restart_is_said_beside_what_does_not() -> None:
+    """docs/operations.md names each key whose new value waits."""
+    text = (ROOT / "docs/operations.md").read_text()
+    (about,) = re.findall(r"^## Reading the conf.*?(?=^## )", text, re.MULTILINE | re.DOTALL)
+    waiting = [line.split("|")[2] for line in about.splitlines() if line.startswith("|")]
+    said = {*re.findall(r"`(\w+)`", "".join(waiting))}
+    assert said == {name for (_, name), key in keys().items() if key.restart}
