@@ -67,7 +67,7 @@ def test_the_floors_are_those_that_are_proved() -> None:
     assert house.PICTURE.read_text() == house.draw(), "draw it anew: python -m docs.house"
     setup = (ROOT / "setup.cfg").read_text()
     for floor in house.floors():
-        assert "\n    " + " : ".join(f"gateway.{room}" for room in floor) + "\n" in setup
+        assert "\n    " + " | ".join(f"gateway.{room}" for room in floor) + "\n" in setup
 
 
 def test_every_room_says_what_it_is_for() -> None:
