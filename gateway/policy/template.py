@@ -55,13 +55,11 @@ class Template:
     Attributes:
         knows: those of `SWITCHES` that it reads, in their order.
         efforts: the efforts above ``high`` that it has a word for.
-        rewrites: switches that change earlier turns when they change.
         vision: whether images can be given to the model.
     """
 
     knows: tuple[str, ...] = ()
     efforts: tuple[str, ...] = ()
-    rewrites: tuple[str, ...] = ()
     vision: bool = False
 
     @classmethod

@@ -400,8 +400,7 @@ class Tier:
         Raises:
             ApiError: the server is down or loading.
         """
-        props = await self.props()
-        return attrs.evolve(props.template, rewrites=self._rewrites)
+        return (await self.props()).template
 
     def keep(self, conversation: str, told: Mapping[str, Json]) -> Mapping[str, Json]:
         """
