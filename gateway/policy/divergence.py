@@ -461,18 +461,15 @@ def should_have(same: int, size: int, tokens: int) -> int:
     return max(0, int(max(by_share, by_rest)))
 
 
-def avoidable(expected: int, cached: int, holds: int | None = None) -> int:
+def avoidable(expected: int, cached: int) -> int:
     """
     How many tokens were evaluated though they should not have been; 0 up to `THRESHOLD`.
 
     Args:
         expected: those that should have been cached.
         cached: those that were.
-        holds: those that the server could still hold at most: 0 for one that was started since,
-            its window otherwise; None for no limit.
     """
-    most = expected if holds is None else min(expected, holds)
-    lost = most - cached
+    lost = expected - cached
     return lost if lost > THRESHOLD else 0
 
 
@@ -561,14 +558,7 @@ class Memory:
         self._prompts.clear()
         self._weight = 0
 
-    def judge(
-        self,
-        conversation: str,
-        prompt: Prompt,
-        tokens: int,
-        cached: int,
-        holds: int | None = None,
-    ) -> Cold:
+    def judge(self, conversation: str, prompt: Prompt, tokens: int, cached: int) -> Cold:
         """
         Why a call was as cold as it was.  Ask before it is remembered.
 
@@ -577,7 +567,6 @@ class Memory:
             prompt: its prompt.
             tokens: of its prompt.
             cached: of these, tokens that the server still had.
-            holds: as in `avoidable`.
         """
         nearest = max(
             (diverge(other, prompt) for other in self._prompts.values()),
@@ -594,7 +583,7 @@ class Memory:
             evaluated = tokens - max(expected, cached)
             again = min(should_have(gone, prompt.size, tokens), evaluated)
             rewritten = avoidable(again, 0)
-        return Cold(cached, expected, avoidable(expected, cached, holds), rewritten, nearest)
+        return Cold(cached, expected, avoidable(expected, cached), rewritten, nearest)
 
     def _drop(self, conversation: str) -> None:
         dropped = self._prompts.pop(conversation, None)

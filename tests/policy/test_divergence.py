@@ -376,19 +376,17 @@ def test_what_should_have_been_cached(same: int, size: int, tokens: int, expecte
 
 
 @pytest.mark.parametrize(
-    ("expected", "cached", "holds", "lost"),
+    ("expected", "cached", "lost"),
     [
-        (9000, 0, None, 9000),
-        (9000, 0, 0, 0),
-        (9000, 0, 5000, 5000),
-        (9000, 9000 - THRESHOLD, None, 0),
-        (9000, 8999 - THRESHOLD, None, THRESHOLD + 1),
-        (9000, 12_000, None, 0),
+        (9000, 0, 9000),
+        (9000, 9000 - THRESHOLD, 0),
+        (9000, 8999 - THRESHOLD, THRESHOLD + 1),
+        (9000, 12_000, 0),
     ],
 )
-def test_what_was_avoidable(expected: int, cached: int, holds: int | None, lost: int) -> None:
-    """What is missing beyond the threshold, of what the server could still hold."""
-    assert avoidable(expected, cached, holds) == lost
+def test_what_was_avoidable(expected: int, cached: int, lost: int) -> None:
+    """What is missing, where that is beyond the threshold."""
+    assert avoidable(expected, cached) == lost
 
 
 def test_a_server_that_lost_the_past_is_named() -> None:
@@ -404,8 +402,6 @@ def test_a_server_that_lost_the_past_is_named() -> None:
     assert "no longer held" in cold.sentence
     warm = memory.judge("a", later, tokens=20_000, cached=19_900)
     assert (warm.avoidable, warm.sentence) == (0, "")
-    restarted = memory.judge("a", later, tokens=20_000, cached=0, holds=0)
-    assert (restarted.avoidable, restarted.sentence) == (0, "")
 
 
 def test_a_client_that_writes_the_past_anew_is_named() -> None:
