@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import takewhile
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import attrs
 
@@ -29,7 +29,7 @@ _MARGIN: Final = 2.0
 _PREFILL: Final = 2000.0
 _READING: Final = 100e6
 
-#: Seconds for which no state is saved after one could not be.
+#: Seconds for which no state is saved after one could not be (`is_refused`).
 REFUSED_FOR: Final = 600.0
 
 
@@ -74,38 +74,37 @@ class Slot:
     What is known of a slot that might be saved.
 
     Attributes:
-        kind: of the model (`gateway.llama.gguf.Model.kind`); None where it is not known.
-        holds: whether it holds a whole conversation, or the tools and the system prompt alone.
+        exactly: whether a state of it serves only a prompt that goes on where the state ends.
         idle: seconds since the last call of the line ended; None while one runs or waits.
         new: tokens that it holds beyond the last snapshot of the same.
         refused: seconds since a state could not be saved; None if that never happened.
     """
 
-    kind: Literal["plain", "sliding-window", "recurrent"] | None
-    holds: Literal["conversation", "prefix"]
+    exactly: bool
     idle: float | None
     new: int
     refused: float | None = None
 
 
-def saves(slot: Slot, after: float, least: int, *, stopping: bool = False) -> bool:
+def saves(slot: Slot, after: float, least: int, *, last_chance: bool = False) -> bool:
     """
-    Whether to save a slot's state now.
+    Whether to save a slot with a conversation now.
 
     Args:
         slot: what is known of it.
         after: seconds that the line must have been empty for.
         least: tokens that must be new.
-        stopping: whether the server is about to be stopped; then nobody waits for idle seconds,
-            and a state that could not be saved is tried once more.
+        last_chance: whether what the slot holds is about to be lost; then nobody waits for idle
+            seconds, and a state that could not be saved is tried once more.
     """
-    if slot.idle is None or slot.new < least:
+    if slot.exactly or slot.idle is None or slot.new < least:
         return False
-    if slot.holds == "conversation" and slot.kind not in ("plain", None):
-        return False
-    if stopping:
-        return True
-    return slot.idle >= after and (slot.refused is None or slot.refused >= REFUSED_FOR)
+    return last_chance or (slot.idle >= after and not is_refused(slot.refused))
+
+
+def is_refused(since: float | None) -> bool:
+    """Whether a state could not be saved `since` seconds ago (None: never), too few to try anew."""
+    return since is not None and since < REFUSED_FOR
 
 
 # --- what warms an empty slot ---------------------------------------------------------------------

@@ -215,7 +215,7 @@ class Cache:
         """Save the slot of a server that nobody uses and that will be stopped, within `seconds`."""
         self.stop()
         held = self._held
-        if held is None or not self._is_worth_saving(held, stopping=True):
+        if held is None or not self._is_worth_saving(held, last_chance=True):
             return
         await self._in_time(self._save(held, None), seconds)
 
@@ -279,7 +279,7 @@ class Cache:
         offer = warm.Offer(kept, holds, snapshot.size, self.prefill_rate(), reading or None)
         if not warm.restores(offer):
             return
-        if held is not None and self._is_worth_saving(held, stopping=True):
+        if held is not None and self._is_worth_saving(held, last_chance=True):
             store.touch(snapshot)  # whoever has to go for it, not this one
             await self._attempt(self._save(held, None))  # else a restore would lose it
         await self._restore(snapshot)
@@ -434,30 +434,29 @@ class Cache:
             self._working = self._do(self._save_in_line(held))
 
     @property
-    def _is_refused(self) -> bool:
-        """Whether a state could not be saved a while ago."""
-        since = self._refused_at
-        return since is not None and self._reactor.seconds() - since < warm.REFUSED_FOR
+    def _refused(self) -> float | None:
+        """Seconds since a state could not be saved; None if that never happened."""
+        at = self._refused_at
+        return None if at is None else self._reactor.seconds() - at
 
     @property
     def _is_at_rest(self) -> bool:
         return not (self.line.running or self.line.waiting or self.line.settling)
 
-    def _is_worth_saving(self, held: _Held, *, stopping: bool = False) -> bool:
+    def _is_worth_saving(self, held: _Held, *, last_chance: bool = False) -> bool:
         server, store = self._server, self.store
         if server is None or store is None or not held.is_conversation:
             return False
         best = store.best_for(server.identity, held.prompt.fingerprint, exactly=server.exactly)
-        now = self._reactor.seconds()
+        may = last_chance or self._is_at_rest
         slot = warm.Slot(
-            server.kind,
-            "conversation",
-            now - self._held_at if stopping or self._is_at_rest else None,
+            server.exactly,
+            self._reactor.seconds() - self._held_at if may else None,
             held.tokens - (0 if best is None else best[1]),
-            None if self._refused_at is None else now - self._refused_at,
+            self._refused,
         )
         least = self.config.snapshot_min_tokens
-        return warm.saves(slot, self.config.snapshot_idle, least, stopping=stopping)
+        return warm.saves(slot, self.config.snapshot_idle, least, last_chance=last_chance)
 
     async def _save_in_line(self, held: _Held) -> None:
         permit = await self.line.join(Ticket(Rank.BACKGROUND))
@@ -605,7 +604,9 @@ class Cache:
             return
         beginning = self._prompt({**body, "messages": []})
         kept = store.best_for(server.identity, beginning.fingerprint, exactly=True)
-        if kept is not None or beginning.fingerprint == self._too_short or self._is_refused:
+        if kept is not None or beginning.fingerprint == self._too_short:
+            return
+        if warm.is_refused(self._refused):
             return
         one, other = [
             await self._llama.apply_template(chat.from_messages(each))

@@ -98,7 +98,6 @@ class _Call:
 
     name: str
     began: float
-    seen: float
     idle: Callable[[], None]
     total: int | None = None
     expected: float | None = None
@@ -191,7 +190,6 @@ class Progress:
         self,
         call: str,
         tokens: int | None = None,
-        seen: float = 0.0,
         idle: Callable[[], None] = lambda: None,
     ) -> None:
         """
@@ -200,22 +198,20 @@ class Progress:
         Args:
             call: its name, as in the log.
             tokens: of its prompt, where they were counted.
-            seen: the share of the prompt that the server has likely kept.
             idle: called once, when the server says that the call's slot is free; only a server
                 that is heard says so.
         """
         if call in self._calls:
             self.end(call)
-        known = self._calls[call] = _Call(call, self._reactor.seconds(), seen, idle)
-        self._count(known, tokens)
+        known = self._calls[call] = _Call(call, self._reactor.seconds(), idle)
+        self._count(known, tokens, 0.0)
         self._wake()
 
     def expect(self, call: str, seen: Callable[[], float]) -> None:
         """Of the prompt of `call` the server has likely kept the share that `seen` gives."""
         known = self._calls.get(call)
         if known is not None and known.total is not None:  # else nobody can tell its time
-            known.seen = seen()
-            self._count(known, known.total)
+            self._count(known, known.total, seen())
 
     def token(self, call: str) -> None:
         """The first token of the answer came; the later ones change nothing."""
@@ -316,8 +312,8 @@ class Progress:
         """Seconds that a prompt takes, by the pace so far."""
         return None if tokens is None else self.pace.estimate(tokens, seen, 0)
 
-    def _count(self, call: _Call, tokens: int | None) -> None:
-        call.total, call.expected = tokens, self._expected(tokens, call.seen)
+    def _count(self, call: _Call, tokens: int | None, seen: float) -> None:
+        call.total, call.expected = tokens, self._expected(tokens, seen)
 
     # --- tasks and their calls --------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import attrs
 import orjson
@@ -74,7 +74,7 @@ def test_any_offer_is_decided(offer: Offer) -> None:
 
 # --- saves ----------------------------------------------------------------------------------------
 
-IDLE = Slot(kind="plain", holds="conversation", idle=20.0, new=2048)
+IDLE = Slot(exactly=False, idle=20.0, new=2048)
 
 
 def now(slot: Slot, **more: Any) -> bool:
@@ -89,12 +89,7 @@ def now(slot: Slot, **more: Any) -> bool:
         ({"idle": None}, False),
         ({"new": 2047}, False),
         ({"new": -5}, False),
-        ({"kind": None}, True),
-        ({"kind": "sliding-window"}, False),
-        ({"kind": "recurrent"}, False),
-        ({"kind": "sliding-window", "holds": "prefix"}, True),
-        ({"kind": "recurrent", "holds": "prefix"}, True),
-        ({"holds": "prefix"}, True),
+        ({"exactly": True}, False),
         ({"refused": REFUSED_FOR - 1}, False),
         ({"refused": REFUSED_FOR}, True),
     ],
@@ -111,25 +106,12 @@ def test_when_a_slot_is_saved(change: dict[str, Any], expected: bool) -> None:
         ({"idle": 0.0, "refused": 1.0}, True),
         ({"idle": None}, False),
         ({"idle": 0.0, "new": 0}, False),
-        ({"idle": 0.0, "kind": "sliding-window"}, False),
+        ({"idle": 0.0, "exactly": True}, False),
     ],
 )
 def test_when_a_slot_is_saved_at_the_end(change: dict[str, Any], expected: bool) -> None:
     """Nobody waits for idle seconds; what is not worth it still is not."""
-    assert now(attrs.evolve(IDLE, **change), stopping=True) is expected
-
-
-@given(
-    st.sampled_from(("plain", "sliding-window", "recurrent", None)),
-    st.sampled_from(("conversation", "prefix")),
-)
-def test_a_long_idle_slot_is_saved_by_its_kind(
-    kind: Literal["plain", "sliding-window", "recurrent"] | None,
-    holds: Literal["conversation", "prefix"],
-) -> None:
-    """Whole conversations of plain models, and beginnings of all."""
-    worth = kind in ("plain", None) or holds == "prefix"
-    assert now(Slot(kind, holds, idle=1e6, new=10**6)) is worth
+    assert now(attrs.evolve(IDLE, **change), last_chance=True) is expected
 
 
 # --- what warms an empty slot ---------------------------------------------------------------------

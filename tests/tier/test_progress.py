@@ -139,7 +139,8 @@ def test_before_the_first_word_the_pace_tells() -> None:
     """The time left is what the model's pace so far makes likely; nothing else is known."""
     clock = Clock()
     progress = Progress(1, measured(clock), clock)
-    progress.begin("a", 1000, seen=0.5)
+    progress.begin("a", 1000)
+    progress.expect("a", lambda: 0.5)
     assert progress.of("a") == Prefill(total=1000, seconds_left=5.0)
     clock.advance(2)
     assert progress.of("a") == Prefill(total=1000, seconds_left=3.0)
@@ -603,7 +604,8 @@ def test_whatever_happens(asks: bool, happenings: list[tuple[Any, ...]]) -> None
                 slots.answer = what[0]
             case "begin":
                 call, tokens, seen = what
-                progress.begin(call, tokens, seen, lambda number=number: freed.append(number))  # type: ignore[misc]
+                progress.begin(call, tokens, lambda number=number: freed.append(number))  # type: ignore[misc]
+                progress.expect(call, lambda seen=seen: seen)  # type: ignore[misc]
             case _ if kind != "hear" or not asks:
                 getattr(progress, kind)(*what)
         for call in "abc":
