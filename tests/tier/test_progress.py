@@ -14,7 +14,7 @@ from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
 from twisted.logger import LogEvent, LogLevel, formatEvent
 
-from gateway.llama.loglines import Cancelled, Chosen, Prefilled, Prefilling, Released, Started
+from gateway.llama.loglines import Prefilling, Released, Started, Works
 from gateway.tier.pace import Pace
 from gateway.tier.progress import EVERY, Prefill, Progress
 from gateway.wire.errors import unavailable
@@ -81,9 +81,9 @@ def test_the_progress_of_a_counted_prompt() -> None:
     clock = Clock()
     progress = heard(clock)
     progress.begin("a", 1000)
-    progress.hear(Started(0, 7))
+    progress.hear(Started(7))
     clock.advance(4)
-    progress.hear(Prefilling(0, 7, 0.4, evaluated=200))
+    progress.hear(Prefilling(7, 0.4, evaluated=200))
     assert progress.of("a") == Prefill(400, 1000, 0.4, 50.0, 12.0)
     clock.advance(2)
     assert progress.of("a") == Prefill(400, 1000, 0.4, 50.0, 10.0)
@@ -96,12 +96,12 @@ def test_the_progress_of_an_older_server() -> None:
     clock = Clock()
     progress = heard(clock)
     progress.begin("a")
-    progress.hear(Started(0, 7))
+    progress.hear(Started(7))
     clock.advance(1)
-    progress.hear(Prefilling(0, 7, 0.905238, held=4891))
+    progress.hear(Prefilling(7, 0.905238, held=4891))
     assert progress.of("a") == Prefill(4891, 5403, 0.9052, None, None)
     clock.advance(2)
-    progress.hear(Prefilling(0, 7, 0.942069, held=5090))
+    progress.hear(Prefilling(7, 0.942069, held=5090))
     assert progress.of("a") == Prefill(5090, 5403, 0.9421, 99.5, 3.1)
 
 
@@ -110,15 +110,15 @@ def test_the_progress_of_a_prompt_that_nobody_counted() -> None:
     clock = Clock()
     progress = heard(clock)
     progress.begin("a")
-    progress.hear(Started(0, 7))
+    progress.hear(Started(7))
     clock.advance(4)
-    progress.hear(Prefilling(0, 7, 0.60, evaluated=200))
+    progress.hear(Prefilling(7, 0.60, evaluated=200))
     assert progress.of("a") == Prefill(None, None, 0.60, 50.0, None)
     clock.advance(1)
-    progress.hear(Prefilling(0, 7, 0.63, evaluated=250))
+    progress.hear(Prefilling(7, 0.63, evaluated=250))
     assert progress.of("a") == Prefill(None, None, 0.63, 50.0, None)
     clock.advance(3)
-    progress.hear(Prefilling(0, 7, 0.70, evaluated=400))
+    progress.hear(Prefilling(7, 0.70, evaluated=400))
     assert progress.of("a") == Prefill(None, None, 0.70, 50.0, 12.0)
 
 
@@ -127,10 +127,10 @@ def test_the_speed_is_that_of_late() -> None:
     clock = Clock()
     progress = heard(clock)
     progress.begin("a", 10_000)
-    progress.hear(Started(0, 7))
+    progress.hear(Started(7))
     for step in range(1, 9):
         clock.advance(1 if step <= 4 else 10)
-        progress.hear(Prefilling(0, 7, step / 10, evaluated=step * 1000))
+        progress.hear(Prefilling(7, step / 10, evaluated=step * 1000))
     known = progress.of("a")
     assert known == Prefill(8000, 10_000, 0.8, 100.0, 20.0)
 
@@ -173,11 +173,11 @@ def test_each_call_has_its_own_task() -> None:
     progress = heard(clock, slots=2)
     progress.begin("a", 1000)
     progress.begin("b", 1000)
-    progress.hear(Started(1, 4))
-    progress.hear(Started(0, 9))
+    progress.hear(Started(4))
+    progress.hear(Started(9))
     clock.advance(1)
-    progress.hear(Prefilling(0, 9, 0.9, evaluated=900))
-    progress.hear(Prefilling(1, 4, 0.1, evaluated=100))
+    progress.hear(Prefilling(9, 0.9, evaluated=900))
+    progress.hear(Prefilling(4, 0.1, evaluated=100))
     assert progress.of("a") == Prefill(100, 1000, 0.1, 100.0, 9.0)
     assert progress.of("b") == Prefill(900, 1000, 0.9, 900.0, 0.1)
 
@@ -187,15 +187,14 @@ def test_lines_of_unknown_tasks_say_nothing() -> None:
     clock = Clock()
     progress = heard(clock)
     progress.begin("a", 1000)
-    progress.hear(Started(0, 4))
+    progress.hear(Started(4))
     progress.end("a")
     progress.begin("b", 1000)
     clock.advance(1)
-    progress.hear(Prefilling(0, 4, 0.9, evaluated=900))
-    progress.hear(Prefilling(0, 3, 0.9, evaluated=900))
-    progress.hear(Released(0, 3, 900))
-    for said in (Chosen(0, 0.5), Cancelled(4), Prefilled(0, 4, 900, 1.0)):
-        progress.hear(said)
+    progress.hear(Prefilling(4, 0.9, evaluated=900))
+    progress.hear(Prefilling(3, 0.9, evaluated=900))
+    progress.hear(Released(3))
+    progress.hear(Works())
     assert progress.of("b") == Prefill(total=1000)
 
 
@@ -204,14 +203,14 @@ def test_a_call_may_be_sent_twice() -> None:
     clock = Clock()
     progress = heard(clock)
     progress.begin("a", 1000)
-    progress.hear(Started(0, 4))
+    progress.hear(Started(4))
     clock.advance(1)
-    progress.hear(Prefilling(0, 4, 0.9, evaluated=900))
+    progress.hear(Prefilling(4, 0.9, evaluated=900))
     progress.begin("a", 1000)
     assert progress.of("a") == Prefill(total=1000)
-    progress.hear(Started(0, 5))
+    progress.hear(Started(5))
     clock.advance(1)
-    progress.hear(Prefilling(0, 5, 0.2, evaluated=200))
+    progress.hear(Prefilling(5, 0.2, evaluated=200))
     assert progress.of("a") == Prefill(200, 1000, 0.2, 200.0, 4.0)
 
 
@@ -221,10 +220,10 @@ def test_a_call_that_is_sent_again_is_the_latest() -> None:
     progress = heard(clock, slots=2)
     for call in "aba":
         progress.begin(call, 1000)
-    progress.hear(Started(0, 4))
-    progress.hear(Started(1, 5))
+    progress.hear(Started(4))
+    progress.hear(Started(5))
     clock.advance(1)
-    progress.hear(Prefilling(1, 5, 0.2, evaluated=200))
+    progress.hear(Prefilling(5, 0.2, evaluated=200))
     assert progress.of("a") == Prefill(200, 1000, 0.2, 200.0, 4.0)
 
 
@@ -248,10 +247,10 @@ def test_the_log_tells_of_a_long_prefill(logged: list[LogEvent]) -> None:
     clock = Clock()
     progress = heard(clock)
     progress.begin("req_1", 10_000)
-    progress.hear(Started(0, 7))
+    progress.hear(Started(7))
     for step in range(1, 7):
         clock.advance(10)
-        progress.hear(Prefilling(0, 7, step / 10, evaluated=step * 1000))
+        progress.hear(Prefilling(7, step / 10, evaluated=step * 1000))
     told = [formatEvent(event) for event in logged if event["log_level"] == LogLevel.info]
     assert told == [
         "req_1: 30 % of its prompt, 100.0 tokens/s, 70 s left",
@@ -264,7 +263,7 @@ def test_a_heard_server_needs_no_timer() -> None:
     clock = Clock()
     progress = heard(clock)
     progress.begin("a", 1000)
-    progress.hear(Started(0, 7))
+    progress.hear(Started(7))
     assert clock.getDelayedCalls() == []
 
 
@@ -277,15 +276,15 @@ def test_the_slot_of_a_call_that_is_gone_is_told_when_it_is_free() -> None:
     progress = heard(clock, slots=2)
     progress.begin("a", idle=lambda: freed.append("a"))
     progress.begin("b", idle=lambda: freed.append("b"))
-    progress.hear(Started(0, 4))
-    progress.hear(Started(1, 5))
+    progress.hear(Started(4))
+    progress.hear(Started(5))
     progress.end("a")
-    progress.hear(Cancelled(4))
+    progress.hear(Works())
     assert freed == []
-    progress.hear(Released(0, 4, 100))
-    progress.hear(Released(0, 4, 100))
+    progress.hear(Released(4))
+    progress.hear(Released(4))
     assert freed == ["a"]
-    progress.hear(Released(1, 5, 100))
+    progress.hear(Released(5))
     assert freed == ["a", "b"]
 
 
@@ -294,18 +293,18 @@ def test_a_server_that_began_anew_frees_nothing_of_before() -> None:
     clock, freed = Clock(), list[str]()
     progress = heard(clock)
     progress.begin("a", idle=lambda: freed.append("a"))
-    progress.hear(Started(0, 0))
+    progress.hear(Started(0))
     progress.end("a")
     progress.begin("b", idle=lambda: freed.append("b"))
-    progress.hear(Started(0, 0))
+    progress.hear(Started(0))
     progress.end("b")
-    progress.hear(Released(0, 0, 100))
+    progress.hear(Released(0))
     assert freed == ["b"]
     progress.begin("c", idle=lambda: freed.append("c"))
-    progress.hear(Started(0, 1))
+    progress.hear(Started(1))
     progress.end("c")
-    progress.hear(Started(0, 1))  # for somebody else
-    progress.hear(Released(0, 1, 100))
+    progress.hear(Started(1))  # for somebody else
+    progress.hear(Released(1))
     assert freed == ["b"]
 
 
@@ -315,11 +314,11 @@ def test_a_server_that_frees_nothing_is_not_remembered_without_end() -> None:
     progress = heard(clock)
     for task in range(1000):
         progress.begin("a", idle=lambda task=task: freed.append(task))  # type: ignore[misc]
-        progress.hear(Started(0, task))
+        progress.hear(Started(task))
         progress.end("a")
     assert len(progress._tasks) < 100
-    progress.hear(Released(0, 0, 1))
-    progress.hear(Released(0, 999, 1))
+    progress.hear(Released(0))
+    progress.hear(Released(999))
     assert freed == [999]
 
 
@@ -565,15 +564,15 @@ HAPPENINGS = st.one_of(
     st.tuples(st.just("begin"), CALLS, st.none() | st.integers(0, 5000), st.floats(0, 1)),
     st.tuples(st.just("token"), CALLS),
     st.tuples(st.just("end"), CALLS),
-    st.tuples(st.just("hear"), st.builds(Started, st.just(0), TASKS)),
-    st.tuples(st.just("hear"), st.builds(Released, st.just(0), TASKS, st.just(1))),
+    st.tuples(st.just("hear"), st.builds(Started, TASKS)),
+    st.tuples(st.just("hear"), st.builds(Released, TASKS)),
     st.tuples(
         st.just("hear"),
-        st.builds(Prefilling, st.just(0), TASKS, st.floats(0, 1), evaluated=st.integers(0, 9000)),
+        st.builds(Prefilling, TASKS, st.floats(0, 1), evaluated=st.integers(0, 9000)),
     ),
     st.tuples(
         st.just("hear"),
-        st.builds(Prefilling, st.just(0), TASKS, st.floats(0, 1), held=st.integers(0, 9000)),
+        st.builds(Prefilling, TASKS, st.floats(0, 1), held=st.integers(0, 9000)),
     ),
     st.tuples(st.just("slots"), st.lists(st.builds(slot, TASKS, st.integers(0, 9000)))),
     st.tuples(st.just("wait"), st.sampled_from([0.0, 0.7, 1.0, 5.0])),
@@ -585,8 +584,8 @@ HAPPENINGS = st.one_of(
     asks=False,
     happenings=[
         ("begin", "a", None, 0.0),
-        ("hear", Started(0, 0)),
-        ("hear", Prefilling(0, 0, 2e-313, held=1)),
+        ("hear", Started(0)),
+        ("hear", Prefilling(0, 2e-313, held=1)),
     ],
 )
 @given(asks=st.booleans(), happenings=st.lists(HAPPENINGS, max_size=40))
