@@ -41,7 +41,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from gateway.llama.identity import Identity
-from gateway.policy.divergence import shared, should_have, whole
+from gateway.policy.prompt import shared, should_have, whole
 
 T = TypeVar("T")
 
@@ -89,7 +89,7 @@ class Snapshot:
         size: bytes of its file.
         checksum: CRC-32 of its file.
         version: of llama.cpp's form of states.
-        fingerprint: of the prompt that it was taken after (`gateway.policy.divergence`).
+        fingerprint: of the prompt that it was taken after (`gateway.policy.prompt`).
         created: seconds since 1970.
         save_seconds: what it took to write it.
         used: seconds since 1970; not in the sidecar.

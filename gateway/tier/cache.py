@@ -7,7 +7,7 @@ What the slot of one server holds, and what of it is kept for the day on which t
    is none, the tools and the system prompt that were seen last are evaluated while nobody waits.
 3. A conversation whose snapshot holds much more of it than the server does is restored for it.
 4. The next answer proves it: a restore that spared nothing is logged, and its snapshot dropped.
-5. Of each answer it is said why it was cold (`gateway.policy.divergence`).
+5. Of each answer it is said why it was cold (`gateway.policy.cold`).
 
 Everything that touches the slot has its permit.  What can go wrong here costs a prefill and no
 call: it is logged, and the call goes on.  A server with several slots does not tell which of them a
@@ -43,8 +43,9 @@ from gateway.llama.snapshots import (
     write_private,
 )
 from gateway.policy import warm
-from gateway.policy.divergence import Cold, Memory, Prompt, shared, whole
+from gateway.policy.cold import Cold, Memory
 from gateway.policy.order import Rank
+from gateway.policy.prompt import Prompt, shared, whole
 from gateway.tier.line import Line, Permit, Ticket
 from gateway.upstream import Lost, Props
 from gateway.wire import chat

@@ -41,7 +41,7 @@ from gateway.llama.snapshots import (
     Snapshot,
     Store,
 )
-from gateway.policy.divergence import Prompt
+from gateway.policy.prompt import Prompt
 from gateway.policy.warm import rendered_beginning, two_beginnings
 from gateway.upstream import Lost
 from gateway.wire import chat

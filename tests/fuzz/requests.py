@@ -8,8 +8,9 @@ from typing import Any, Final
 import orjson
 
 from gateway.policy import calls, prefix, routes, schema, tools, warm
-from gateway.policy.divergence import Prompt, diverge, shared, whole
+from gateway.policy.divergence import diverge
 from gateway.policy.grammar import write
+from gateway.policy.prompt import Prompt, shared, whole
 from gateway.policy.template import Template
 from gateway.wire import bare, chat, openai, request
 from gateway.wire.errors import ApiError
