@@ -27,6 +27,7 @@ ABOUT: Final = {
     "daemon": "launchd, systemd, log",
     "dispatch": "the way of one call",
     "figures": "numbers in words",
+    "files": "private, whole or not there",
     "history": "the ledger on the disk",
     "ledger": "what it cost",
     "llama": "one llama-server",

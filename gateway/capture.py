@@ -26,8 +26,8 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 
 from gateway.config import MIB, Config
+from gateway.files import write_private
 from gateway.llama.command import SECRET, option
-from gateway.llama.snapshots import write_private
 
 Json = Any
 

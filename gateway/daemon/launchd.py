@@ -9,12 +9,10 @@ even after a SIGKILL.
 
 from __future__ import annotations
 
-import os
 import plistlib
 from collections.abc import Mapping
 from math import ceil
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -23,6 +21,7 @@ import attrs
 from gateway.config import Config, Gateway
 from gateway.daemon import BEFORE_THE_LOG, longest_stop
 from gateway.daemon.folder import private
+from gateway.files import write_private
 
 LABEL: Final = "local.claudegw"
 
@@ -121,13 +120,5 @@ def install(agent: Mapping[str, Any], home: Path, state_dir: Path) -> Path:
     private(state_dir)
     path = home / "Library/LaunchAgents" / f"{agent['Label']}.plist"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with NamedTemporaryFile(dir=path.parent, prefix=".claudegw", delete=False) as file:  # mode 0600
-        try:
-            plistlib.dump(agent, file)
-            file.flush()
-            os.fsync(file.fileno())
-            Path(file.name).replace(path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+    write_private(path, plistlib.dumps(agent))
     return path

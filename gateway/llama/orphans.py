@@ -24,6 +24,7 @@ from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
+from gateway.files import write_private
 from gateway.llama.command import without_key
 
 #: Seconds by which a start that we noted and one that the system tells may differ: Linux tells
@@ -63,13 +64,8 @@ class Record:
             "started": time.time(),
             "command": without_key(command),
         }
-        new = self.path.with_name(f"{self.path.name}.new")
-        try:
-            with suppress(FileNotFoundError):
-                new.unlink()  # its mode may be another
-            with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(orjson.dumps(note))
-            new.rename(self.path)
+        try:  # after a power cut there is no process that it could tell of
+            write_private(self.path, orjson.dumps(note), synced=False)
         except OSError:  # a server without a note is better than none
             log.failure("tier {tier}: cannot write {path}", tier=self.tier, path=self.path)
 

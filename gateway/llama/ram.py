@@ -18,7 +18,7 @@ from twisted.logger import Logger
 from gateway.config import MIB
 from gateway.llama import embedded, gguf
 from gateway.llama.command import option
-from gateway.llama.snapshots import measured
+from gateway.llama.state_files import measured
 
 #: Full contexts that are kept, and the part of what the model leaves of the machine that they may
 #: take at most.

@@ -32,16 +32,12 @@ from twisted.internet.threads import deferToThread
 from twisted.logger import Logger
 
 from gateway.config import Tier as Wanted
+from gateway.files import write_private
 from gateway.llama import gguf
 from gateway.llama.client import SLOT_PATIENCE, LlamaClient
 from gateway.llama.identity import Kept, server_of
-from gateway.llama.snapshots import (
-    Refused,
-    Snapshot,
-    Store,
-    What,
-    write_private,
-)
+from gateway.llama.snapshot import Refused, Snapshot, What
+from gateway.llama.snapshots import Store
 from gateway.policy import warm
 from gateway.policy.cold import Cold, Memory
 from gateway.policy.order import Rank

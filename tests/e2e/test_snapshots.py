@@ -36,11 +36,8 @@ from gateway.llama.identity import (
     flags_identity,
     server_identity,
 )
-from gateway.llama.snapshots import (
-    Refused,
-    Snapshot,
-    Store,
-)
+from gateway.llama.snapshot import Refused, Snapshot
+from gateway.llama.snapshots import Store
 from gateway.policy.prompt import Prompt
 from gateway.policy.warm import rendered_beginning, two_beginnings
 from gateway.upstream import Lost

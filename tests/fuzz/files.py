@@ -16,13 +16,13 @@ from gateway.config import ConfigError
 from gateway.llama import gguf, loglines
 from gateway.llama.gguf import NotGguf
 from gateway.llama.loglines import LONGEST, Lines, Prefilling
-from gateway.llama.snapshots import from_sidecar, to_sidecar
+from gateway.llama.snapshot import from_sidecar, to_sidecar
 from gateway.policy.calls import KINDS
 from tests.fuzz import Target
 from tests.fuzz.changes import of_bytes, of_json
 from tests.llama.test_gguf import PLAIN, header
 from tests.llama.test_loglines import PREFILLING
-from tests.llama.test_snapshots import snapshot
+from tests.llama.test_snapshot import snapshot
 
 Json = Any
 

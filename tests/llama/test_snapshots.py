@@ -6,8 +6,7 @@ import os
 import random
 import struct
 import threading
-from base64 import b64encode
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,30 +19,15 @@ from hypothesis import strategies as st
 from twisted.internet.defer import CancelledError, Deferred, maybeDeferred
 from twisted.logger import LogEvent
 
-from gateway.llama import snapshots
-from gateway.llama.identity import (
-    Identity,
-    ModelFile,
-)
-from gateway.llama.snapshots import (
-    Refused,
-    Snapshot,
-    Store,
-    from_sidecar,
-    to_evict,
-    to_sidecar,
-    write_private,
-)
+from gateway.llama import state_files
+from gateway.llama.identity import Identity
+from gateway.llama.snapshot import Refused, Snapshot, What, to_sidecar
+from gateway.llama.snapshots import Store
+from tests.llama.test_snapshot import ONE, prints, snapshot
 
 T = TypeVar("T")
 
 MIB = 1024 * 1024
-ONE = Identity(ModelFile("/models/one.gguf", 1000, 17, "aa"), "b1", 32_768)
-
-
-def prints(*parts: str) -> bytes:
-    """The fingerprint of a prompt with these parts, of 10 000 bytes each."""
-    return b"".join(struct.pack("<8sI", part.encode(), 10_000) for part in parts)
 
 
 def state(tokens: int = 3000, size: int = 4096, version: int = 4) -> bytes:
@@ -109,7 +93,7 @@ def keep(
     identity: Identity = ONE,
     tokens: int = 3000,
     raw: bytes | None = None,
-    what: snapshots.What = "conversation",
+    what: What = "conversation",
     exactly: bool = False,
 ) -> Snapshot:
     """A snapshot that a server has written."""
@@ -320,30 +304,6 @@ def test_two_hundred_conversations_under_a_budget(disk: Disk) -> None:
     assert disk.store().snapshots == store.snapshots
 
 
-@given(
-    st.lists(st.integers(1, 50), max_size=20),
-    st.integers(0, 200),
-    st.integers(0, 300),
-    st.integers(0, 300),
-    st.integers(0, 300),
-)
-def test_who_has_to_go(sizes: list[int], need: int, budget: int, free: int, reserve: int) -> None:
-    """What goes is just enough, and the longest unused; where it is not enough, nobody goes."""
-    there = [snapshot(str(number), size=size, used=number) for number, size in enumerate(sizes)]
-
-    def fits(going: Iterable[Snapshot]) -> bool:
-        gone = sum(each.size for each in going)
-        return sum(sizes) - gone + need <= budget and free + gone - need >= reserve
-
-    going = to_evict(there, need, budget, free, reserve)
-    if going is None:
-        assert not fits(there)
-    else:
-        assert going == there[: len(going)]
-        assert fits(going)
-        assert not going or not fits(going[:-1])
-
-
 # --- what fits ------------------------------------------------------------------------------------
 
 
@@ -490,71 +450,6 @@ def test_a_size_that_is_not_the_sidecars_is_removed(disk: Disk) -> None:
 # --- sidecars -------------------------------------------------------------------------------------
 
 
-def snapshot(name: str = "a", **more: Any) -> Snapshot:
-    fields = {
-        "tokens": 3000,
-        "prompt_tokens": 2900,
-        "size": 4096,
-        "checksum": 5,
-        "version": 4,
-        **more,
-    }
-    return Snapshot(
-        name=name,
-        identity=ONE,
-        what="conversation",
-        fingerprint=prints("a", "b"),
-        created=12.5,
-        save_seconds=0.25,
-        **fields,
-    )
-
-
-def test_a_sidecar_says_all_of_a_snapshot() -> None:
-    """But its name and when it was used, which its file says."""
-    one = snapshot(used=7.0)
-    assert from_sidecar("a", to_sidecar(one), 7.0) == one
-
-
-def without(name: str) -> Callable[[Any], Any]:
-    return lambda said: {key: value for key, value in said.items() if key != name}
-
-
-def instead(**more: Any) -> Callable[[Any], Any]:
-    return lambda said: {**said, **more}
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        instead(form=0),
-        instead(form="1"),
-        without("form"),
-        without("identity"),
-        instead(tokens="3000"),
-        instead(tokens=True),
-        instead(tokens=0),
-        instead(prompt_tokens=0),
-        instead(prompt_tokens=3001),
-        instead(tokens=1.5),
-        instead(size=-1),
-        instead(size=1e300),
-        instead(what="anything"),
-        instead(fingerprint="%"),
-        instead(fingerprint=b64encode(b"odd").decode()),
-        instead(newer=1),
-        instead(identity={"n_ctx": 1}),
-        instead(identity=None),
-        lambda said: [said],
-        lambda _: None,
-    ],
-)
-def test_another_sidecar_is_none(change: Callable[[Any], Any]) -> None:
-    """Of an older form, or with anything that is not as it should be."""
-    raw = orjson.dumps(change(orjson.loads(to_sidecar(snapshot()))))
-    assert from_sidecar("a", raw, 7.0) is None
-
-
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
@@ -595,24 +490,6 @@ def test_a_sidecar_that_is_too_long_is_not_read(disk: Disk) -> None:
     assert disk.files() == []
 
 
-def test_what_is_written_in_private_is_whole_or_not_there(
-    disk: Disk, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A disk that is full leaves what was there before."""
-    path = disk.folder / "prefix.json"
-    write_private(path, b"one")
-    assert path.stat().st_mode & 0o777 == 0o600
-
-    def full(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space"):
-        write_private(path, b"two")
-    assert disk.files() == ["prefix.json"]
-    assert path.read_bytes() == b"one"
-
-
 # --- threads --------------------------------------------------------------------------------------
 
 
@@ -623,7 +500,7 @@ async def test_a_save_that_is_cancelled_leaves_nothing(
     """The thread stops summing up, and removes the file."""
     store = Store(disk.folder, disk.budget, 0)
     begun, go_on, left = threading.Event(), threading.Event(), threading.Event()
-    checksum, remove = snapshots._checksum, snapshots._remove
+    checksum, remove = state_files._checksum, state_files.remove
 
     def slow(path: Path, stopped: threading.Event) -> int:
         begun.set()
@@ -635,8 +512,8 @@ async def test_a_save_that_is_cancelled_leaves_nothing(
         left.set()
         return complaints
 
-    monkeypatch.setattr(snapshots, "_checksum", slow)
-    monkeypatch.setattr(snapshots, "_remove", noted)
+    monkeypatch.setattr(state_files, "_checksum", slow)
+    monkeypatch.setattr(state_files, "remove", noted)
     part = await store.begin(4096)
     (disk.folder / part).write_bytes(state())
     saving = Deferred.fromCoroutine(
@@ -654,15 +531,3 @@ async def test_a_save_that_is_cancelled_leaves_nothing(
     (disk.folder / part).write_bytes(state())
     kept = await store.commit(part, ONE, "conversation", 3000, 3000, 4096, prints("a"), 0.1)
     assert await store.is_whole(kept)
-
-
-def test_a_file_that_lies_in_the_way_is_not_written_to(tmp_path: Path) -> None:
-    """Neither where a link leads, nor with the mode that somebody gave it."""
-    other, path = tmp_path / "other", tmp_path / "kept"
-    other.write_text("as it was")
-    (tmp_path / "kept.part").symlink_to(other)
-    write_private(path, b"new")
-    assert (other.read_text(), path.read_bytes(), path.is_symlink()) == ("as it was", b"new", False)
-    (tmp_path / "kept.part").touch(0o666)
-    write_private(path, b"newer")
-    assert path.stat().st_mode & 0o777 == 0o600
