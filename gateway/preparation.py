@@ -83,17 +83,16 @@ class Prepared:
     def ticket(self, content: Callable[[], None]) -> Ticket:
         """What the line is told of it; `content` is called at the first content of its answer."""
         call, body, record = self.call, self.body, self.record
-
         return Ticket(
-            order.rank(call, self.route),
-            call.conversation if call.is_in_conversation else "",
-            partial(_digest, call.conversation, body),
-            record.id,
-            self.tokens,
-            cache(partial(self.tier.pace.seen, body)),
-            record.arrived,
-            record.knows_cold,
-            content,
+            rank=order.rank(call, self.route),
+            conversation=call.conversation if call.is_in_conversation else "",
+            key=partial(_digest, call.conversation, body),
+            name=record.id,
+            tokens=self.tokens,
+            seen=cache(partial(self.tier.pace.seen, body)),
+            arrived=record.arrived,
+            cold=record.knows_cold,
+            content=content,
         )
 
 
@@ -213,7 +212,7 @@ class Preparation:
         body = prefix.prepare(request, await tier.template())
         told = body.get("chat_template_kwargs")
         if told and call.is_in_conversation and not request.is_bound:
-            body["chat_template_kwargs"] = tier.keep(call.conversation, told)
+            body["chat_template_kwargs"] = tier.switches_for(call.conversation, told)
         return body
 
     async def _room(

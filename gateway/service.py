@@ -433,7 +433,7 @@ def _tier(config: Config, name: str, reactor: Any, stores: _Stores) -> Tier:
             end_calls=client.hang_up,
             withheld=_withheld(config, name),
         )
-        tier.keeps = stores.of
+        tier.store_for = stores.of
         tier.cache.command = tuple(tier.child.command)
         tier.cache.prefix_file = state_dir / f"{name}.prefix"
     return tier

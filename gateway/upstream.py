@@ -58,6 +58,9 @@ _LONGEST_ANSWER: Final = 64 * 1024 * 1024
 #: Headers that hold the key of a tier.
 _KEYS: Final = ("authorization", "x-api-key")
 
+#: Why nothing is read any more of what `Upstream.hang_up` ended.
+_GONE: Final = "The server is gone, or is being stopped."
+
 
 class Health(Enum):
     """How a server is; `DOWN` where nothing answers, or nothing that we know."""
@@ -357,7 +360,7 @@ class Upstream:
         for request in awaited:
             request.cancel()
         for reading in list(self._read):
-            reading.lose("The server is being stopped.")
+            reading.lose(_GONE)
 
     # --- how it is asked --------------------------------------------------------------------------
 
@@ -469,9 +472,7 @@ class Upstream:
 
     def _cancelled(self, awaited: Deferred[Any]) -> Exception:
         """What became of a request that was cancelled: by its caller, or by `hang_up`."""
-        return (
-            CancelledError() if awaited in self._awaited else Lost("The server is being stopped.")
-        )
+        return CancelledError() if awaited in self._awaited else Lost(_GONE)
 
     def _beside(self, headers: Mapping[str, str]) -> Headers:
         if not headers:

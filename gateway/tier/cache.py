@@ -200,7 +200,7 @@ class Cache:
         self.stop()
 
     def stop(self) -> None:
-        """Begin nothing any more."""
+        """End what is under way that nobody waits for."""
         if self._idle is not None and self._idle.active():
             self._idle.cancel()
         self._idle = None

@@ -169,7 +169,8 @@ class Progress:
     Attributes:
         slots: how many it works on at once.
         pace: how fast it was so far.
-        ask: asks the server for its slots, as ``/slots`` shows them; None where it is heard.
+        ask: asks the server for its slots, as ``/slots`` shows them; None where it is heard, or
+            shows none.
         settling: how many slots may still work for a client that left.
     """
 

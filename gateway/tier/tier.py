@@ -77,7 +77,7 @@ class Tier:
         progress: how far its calls are.
         deaths: the calls during which its server went away.
         vitals: whether its server does anything; of a server of ours.
-        keeps: where a server with this command saves its slot; None for nowhere.
+        store_for: where a server with this command saves its slot; None for nowhere.
         cache: what its slot holds, and what of it is kept.
         child: its server, where it is one of ours.
     """
@@ -92,7 +92,7 @@ class Tier:
     deaths: Deaths
     vitals: Vitals | None
     _reactor: IReactorTime
-    keeps: Callable[[Sequence[str]], Store | None] = lambda _: None
+    store_for: Callable[[Sequence[str]], Store | None] = lambda _: None
     llama: LlamaClient | None = attrs.field(default=None, init=False)
     remote: Remote | None = attrs.field(default=None, init=False)
     cache: Cache = attrs.field(init=False)
@@ -289,7 +289,7 @@ class Tier:
         assert self.child is not None
         command, self.cache.env = self.child.started_with
         self.cache.command = tuple(command)
-        self.cache.store = self.keeps(command) if self.config.slots == 1 else None
+        self.cache.store = self.store_for(command) if self.config.slots == 1 else None
         try:
             await self.cache.opened(await self.props())
         except ApiError as error:
@@ -402,7 +402,7 @@ class Tier:
         """
         return (await self.props()).template
 
-    def keep(self, conversation: str, told: Mapping[str, Json]) -> Mapping[str, Json]:
+    def switches_for(self, conversation: str, told: Mapping[str, Json]) -> Mapping[str, Json]:
         """
         What the template is to be told in this conversation, where `told` is wanted now.
 

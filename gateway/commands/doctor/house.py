@@ -16,7 +16,8 @@ from gateway.figures import mapping
 #: The oldest Python that we run on.
 _PYTHON: Final = (3, 11)
 
-#: how early the gateway must be.
+#: Seconds of mere pings after which Claude Code gives up, and how much earlier the gateway must
+#: begin.
 _PINGS: Final = 600.0
 _EARLY: Final = 30.0
 
