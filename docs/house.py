@@ -18,6 +18,7 @@ PICTURE: Final = ROOT / "docs/house.svg"
 
 #: What each room is for, in a few words: rooms share a floor.
 ABOUT: Final = {
+    "background": "what nobody awaits",
     "capture": "bodies, when asked for",
     "changes": "what a reload can change",
     "cli": "the command",

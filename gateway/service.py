@@ -27,6 +27,7 @@ from twisted.logger import Logger
 from twisted.python import usage
 from twisted.python.failure import Failure
 
+from gateway.background import begin
 from gateway.capture import Capture
 from gateway.changes import Changes, between
 from gateway.config import LLAMA_SERVER, MIB, Config, ConfigError, Server, load, missing_keys
@@ -219,8 +220,7 @@ class House(MultiService):
             listen=self.config.gateway.listen,
         )
         notify(READY)
-        self._announcing = Deferred.fromCoroutine(self._announce())
-        self._announcing.addErrback(lambda failure: failure.trap(CancelledError))
+        self._announcing = begin(self._announce())
 
     async def _announce(self) -> None:
         """Say what to type next, once every server is up."""

@@ -27,6 +27,7 @@ from twisted.internet.task import deferLater
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from gateway.background import unless_cancelled
 from gateway.llama.command import socket_file, without_key
 from gateway.llama.launcher import launched
 from gateway.llama.orphans import Record
@@ -258,7 +259,7 @@ class _Core:
 
     def after(self, seconds: float, then: Callable[[], None]) -> Deferred[None]:
         """Something to hold: `then`, later."""
-        return deferLater(self.reactor, seconds, then).addErrback(_unless_cancelled)
+        return deferLater(self.reactor, seconds, then).addErrback(unless_cancelled)
 
     async def clear(self) -> None:
         """
@@ -381,10 +382,6 @@ class _Core:
             log.failure("tier {tier}: cannot tell of its server", tier=self.child.tier)
 
 
-def _unless_cancelled(failure: Failure) -> None:
-    failure.trap(CancelledError)
-
-
 # --- the table ------------------------------------------------------------------------------------
 
 
@@ -469,7 +466,7 @@ def _asking(c: _Inputs, s: _Core) -> Deferred[None]:
         else:
             inputs[health]()
 
-    return Deferred.fromCoroutine(s.ask()).addCallback(asked).addErrback(_unless_cancelled)
+    return Deferred.fromCoroutine(s.ask()).addCallback(asked).addErrback(unless_cancelled)
 
 
 def _ask_again(c: _Inputs, s: _Core) -> None:

@@ -19,11 +19,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import attrs
-from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import Deferred
 from twisted.internet.defer import TimeoutError as TimedOut
 from twisted.internet.interfaces import IDelayedCall, IPushProducer, IReactorTime
-from twisted.python.failure import Failure
 
+from gateway.background import begin
 from gateway.tier import constrained
 from gateway.tier.line import Ticket
 from gateway.tier.tier import Tier
@@ -370,8 +370,7 @@ class Streamed:
             case Rung.DELTA:
                 self._say(self._dialect.still())
             case Rung.START if self._starting is None:
-                self._starting = Deferred.fromCoroutine(self._start())
-                self._starting.addErrback(_unless_cancelled)
+                self._starting = begin(self._start())
             case _:
                 pass
 
@@ -461,7 +460,3 @@ def _too_slow(limit: float) -> ApiError:
         f"There was no answer within {limit:.0f} seconds, and the client would not wait longer for"
         " one that is not streamed. What was evaluated is kept: ask again, or ask for a stream.",
     )
-
-
-def _unless_cancelled(failure: Failure) -> None:
-    failure.trap(CancelledError)

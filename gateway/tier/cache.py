@@ -31,6 +31,7 @@ from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.internet.threads import deferToThread
 from twisted.logger import Logger
 
+from gateway.background import begin
 from gateway.config import Tier as Wanted
 from gateway.files import write_private
 from gateway.llama import gguf
@@ -632,8 +633,7 @@ class Cache:
 
     def _do(self, work: Coroutine[Deferred[Any], Any, Any] | Deferred[Any]) -> Deferred[None]:
         """Begin it; nobody waits for it."""
-        done = Deferred.fromCoroutine(self._attempt(work))
-        return done.addErrback(lambda failure: failure.trap(CancelledError))
+        return begin(self._attempt(work))
 
     async def _in_time(
         self, work: Coroutine[Deferred[Any], Any, Any], seconds: float = SLOT_PATIENCE

@@ -27,8 +27,8 @@ from twisted.internet.defer import CancelledError, Deferred, DeferredSemaphore
 from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
-from twisted.python.failure import Failure
 
+from gateway.background import begin
 from gateway.policy import order
 from gateway.policy.order import Rank
 from gateway.wire.errors import ApiError, overloaded, stopping
@@ -184,8 +184,7 @@ class Line:
 
     def start(self) -> None:
         """Let calls in."""
-        self._loop = Deferred.fromCoroutine(self._serve())
-        self._loop.addErrback(_unless_cancelled)
+        self._loop = begin(self._serve())
 
     def stop(self) -> None:
         """Let nobody in any more; who waits is cancelled, and no place is kept."""
@@ -396,8 +395,7 @@ class Line:
         self._settling += 1
         self._leaving.add(permit)
         if self._asking is None:
-            self._asking = Deferred.fromCoroutine(self._ask())
-            self._asking.addErrback(_unless_cancelled)
+            self._asking = begin(self._ask())
 
     def _settled(self, permit: Permit) -> None:
         """The slot of `permit` is idle, unless it was found to be so already."""
@@ -448,7 +446,3 @@ class Line:
             return settling
         # Who began meanwhile may not be seen as busy yet.
         return max(0, min(settling, min(running, self._running) + settling - busy))
-
-
-def _unless_cancelled(failure: Failure) -> None:
-    failure.trap(CancelledError)

@@ -15,6 +15,7 @@ from twisted.internet.interfaces import IDelayedCall, IReactorTime
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 
+from gateway.background import begin
 from gateway.config import Tier as Wanted
 from gateway.llama.child import Child, State
 from gateway.llama.client import SLOT_PATIENCE, LlamaClient
@@ -273,8 +274,7 @@ class Tier:
         if state is State.READY:
             self.vitals.start()
             self.pace.emptied()
-            self._opening = Deferred.fromCoroutine(self._open())
-            self._opening.addErrback(lambda failure: failure.trap(CancelledError))
+            self._opening = begin(self._open())
             return
         self._is_open = False
         self.vitals.stop()
@@ -344,8 +344,7 @@ class Tier:
         come: Deferred[None] = Deferred(lambda _: self._awaiting.remove(come))
         self._awaiting.append(come)
         if self._looking is None:
-            self._looking = Deferred.fromCoroutine(self._look())
-            self._looking.addErrback(lambda failure: failure.trap(CancelledError))
+            self._looking = begin(self._look())
         await come
 
     async def _look(self) -> None:

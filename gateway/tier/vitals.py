@@ -15,12 +15,13 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 
 import attrs
-from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.defer import Deferred
 from twisted.internet.defer import TimeoutError as TimedOut
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 
+from gateway.background import begin
 from gateway.wire.errors import ApiError
 
 Json = Any
@@ -59,8 +60,7 @@ class Vitals:
         """The server is up."""
         self.stop()
         self.sign()
-        self._watching = Deferred.fromCoroutine(self._watch())
-        self._watching.addErrback(lambda failure: failure.trap(CancelledError))
+        self._watching = begin(self._watch())
 
     def stop(self) -> None:
         """It is not, or that is nobody's business any more."""
