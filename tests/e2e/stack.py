@@ -6,14 +6,16 @@ Every process is started here, listens on 127.0.0.1, and is ended by its pid.
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.client import HTTPConnection, HTTPException
+from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,10 +39,17 @@ GLM_ORDER: Final = ("--chat-template-file", str(ROOT / "tests/e2e/glm_order.jinj
 TIER_KINDS: Final = ("llama-server", "openai", "anthropic")
 
 
+#: Ports that the system gives to nobody who asks for any; those of two test runs are far apart.
+_PORTS: Final = count(os.getpid() * 499)
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """One where nobody listens, and that nobody else is given before it is used."""
+    while True:
+        port = 20_000 + next(_PORTS) % 10_000
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 @attrs.define(eq=False)
@@ -66,7 +75,7 @@ class Running:
         self, path: str, body: Any = None, headers: Mapping[str, str] | None = None
     ) -> tuple[int, bytes]:
         """Status and body of one request, in this thread."""
-        connection = HTTPConnection("127.0.0.1", self.port, timeout=300)
+        connection = HTTPConnection("127.0.0.1", self.port, timeout=900)
         try:
             method, data = ("GET", None) if body is None else ("POST", orjson.dumps(body))
             connection.request(method, path, data, dict(headers or {}))
