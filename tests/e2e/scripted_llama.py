@@ -196,18 +196,16 @@ class _Door(BaseHTTPRequestHandler):
                 self._json({"tokens": list(range(tokens(body["content"])))})
             case "/completion":
                 with self.llama.slot(body):
-                    self._json(self.llama.completion(body))
+                    completion = self.llama.completion(body)
+                self._json(completion)
             case "/v1/messages/count_tokens":
                 self._json({"input_tokens": tokens(rendered(body))})
             case "/v1/messages":
-                with self.llama.slot(body):
-                    self._answer(body, events)
+                self._answer(body, events)
             case "/v1/chat/completions/input_tokens":
                 self._json({"input_tokens": tokens(rendered(_read(raw)))})
             case "/v1/chat/completions":
-                body = _read(raw)
-                with self.llama.slot(body):
-                    self._answer(body, chunks)
+                self._answer(_read(raw), chunks)
             case _:
                 self._refuse(404, "not_found_error", "File Not Found")
 
@@ -232,10 +230,21 @@ class _Door(BaseHTTPRequestHandler):
 
     def _answer(self, body: Json, told: Callable[[Sequence[Block], int], Iterator[bytes]]) -> None:
         size = tokens(rendered(body))
-        if size >= self.llama.n_ctx:
+        fits = size < self.llama.n_ctx
+        with self.llama.slot(body):
+            if fits:
+                self._stream(body, told, size)
+        # Who hears of the end may call at once, and must find the slot idle.
+        if fits:
+            self._chunk(b"")
+        else:
             message = f"request ({size} tokens) exceeds the available context size"
             self._refuse(400, "exceed_context_size_error", message)
-            return
+
+    def _stream(
+        self, body: Json, told: Callable[[Sequence[Block], int], Iterator[bytes]], size: int
+    ) -> None:
+        """All but its end."""
         assert body.get("stream"), "the gateway always streams"
         self.close_connection = True
         self.send_response(200)
@@ -248,7 +257,6 @@ class _Door(BaseHTTPRequestHandler):
         for event in told(self.llama.script(body), size):
             self._chunk(event)
             time.sleep(self.llama.pace)
-        self._chunk(b"")
 
     def _chunk(self, data: bytes) -> None:
         self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
