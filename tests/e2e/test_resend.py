@@ -3,7 +3,8 @@ A call that is cut off while its prompt is evaluated, sent again by the real Cla
 
 What is between client and gateway hangs up on the first call.  The server keeps what it evaluated
 in its slot and nowhere else, another call waits already, and the line is first come, first served:
-only the place that is kept for the call lets it go on where it was.  The figures are logged:
+only the place that is kept for the call lets it go on where it was.  On a busy machine the client
+may come back when the place is rightly lost; then all of it is done again.  The figures are logged:
 ``pytest --log-cli-level=INFO`` shows them.
 """
 
@@ -13,12 +14,14 @@ import logging
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
 from typing import Any, Final
 
 import pytest
 
+from gateway.tier.line import KEPT
 from tests.e2e.clients import VERSIONS, Client, eventually
 from tests.e2e.recorder import Heard, Recorder
 from tests.e2e.stack import SMOLLM, Running, start_gateway, start_server
@@ -42,6 +45,12 @@ OPTIONS: Final = ("--system-prompt", SYSTEM, "--tools", "")
 #: Put into every call by the client: a tiny model would fill its whole window.
 ONE_SENTENCE: Final = '{"temperature": 0, "stop_sequences": [".", "!", "?", "\\n"]}'
 
+#: Seconds within which the client must be back: the gateway sees it go and come a little later.
+IN_TIME: Final = KEPT - 0.5
+
+#: How often all of it may be done.
+TRIES: Final = 3
+
 #: Somebody else's call.
 RIVAL: Final = {
     "model": "any",
@@ -59,24 +68,27 @@ BROKEN: Final = (
 # --- what is seen ---------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Running]:
+@contextmanager
+def one_slot(folder: Path) -> Iterator[Running]:
     """SmolLM2 with one slot, which is empty, and no memory beside it."""
     flags = (*SMOLLM, "--ctx-size", "8192", "--parallel", "1", "--batch-size", str(BATCH))
     slow_and_forgetful = ("--threads", "1", "--cache-ram", "0")
-    running = start_server(tmp_path, "server", *flags, *slow_and_forgetful)
-    yield running
-    running.stop()
+    running = start_server(folder, "server", *flags, *slow_and_forgetful)
+    try:
+        yield running
+    finally:
+        running.stop()
 
 
-@pytest.fixture
-def gateway(server: Running, tmp_path: Path) -> Iterator[Running]:
-    """First come, first served."""
-    folder = tmp_path / "gateway"
+@contextmanager
+def in_order(server: Running, folder: Path) -> Iterator[Running]:
+    """A gateway: first come, first served."""
     folder.mkdir()
     running = start_gateway(folder, {"main": {"url": server.url, "slots": 1, "ageing": 0}})
-    yield running
-    running.stop()
+    try:
+        yield running
+    finally:
+        running.stop()
 
 
 def released_by(server: Running) -> list[int]:
@@ -100,14 +112,37 @@ def line(gateway: Running) -> Json:
     return gateway.ask("/status")[1]["tiers"]["main"]
 
 
+def resumed(version: str, place: Path, instead: bytes) -> list[Json]:
+    """
+    A prompt of the client that was cut off while somebody else waits, and went on where it was.
+
+    Args:
+        version: of the client.
+        place: an empty folder.
+        instead: what the client got from the call that was cut off.
+
+    Returns:
+        The calls to a model as the client sent them.
+    """
+    for number in range(TRIES):
+        folder = place / str(number)
+        folder.mkdir()
+        with one_slot(folder) as server, in_order(server, folder / "gateway") as gateway:
+            asked, away = interrupted(version, gateway, server, folder, instead)
+            if away <= IN_TIME:
+                assert_resumed(gateway, server)
+                return asked
+    pytest.fail(f"the client was away for more than {IN_TIME} s, {TRIES} times")
+
+
 def interrupted(
     version: str, gateway: Running, server: Running, place: Path, instead: bytes
-) -> tuple[list[Json], str]:
+) -> tuple[list[Json], float]:
     """
     A prompt of the client whose first call is cut off while somebody else waits.
 
     Returns:
-        The calls to a model as the client sent them, and the answer that it shows.
+        The calls to a model as the client sent them, and the seconds from the cut to the second.
     """
     hang_up = Event()
     cut_off: list[float] = []
@@ -135,9 +170,10 @@ def interrupted(
         assert rival.result()[0] == 200
     figures.info("%s: %.1f s, it said %r", version, said.seconds, said.answer)
     assert said.status == 0, said
-    again = recorder.messages[1].at
-    figures.info("asked again %.1f s after it was cut off", again - cut_off[0])
-    return [heard.body for heard in recorder.messages], said.answer
+    assert said.answer.strip()
+    away = recorder.messages[1].at - cut_off[0]
+    figures.info("asked again %.1f s after it was cut off", away)
+    return [heard.body for heard in recorder.messages], away
 
 
 def assert_resumed(gateway: Running, server: Running) -> None:
@@ -162,27 +198,17 @@ def assert_resumed(gateway: Running, server: Running) -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_cut_call_goes_on_where_it_was(
-    version: str, gateway: Running, server: Running, tmp_path: Path
-) -> None:
+def test_a_cut_call_goes_on_where_it_was(version: str, tmp_path: Path) -> None:
     """The connection is cut; the same stream is asked for again, and all but a batch is kept."""
-    asked, answer = interrupted(version, gateway, server, tmp_path, b"")
-    assert answer.strip()
-    first, second = asked
+    first, second = resumed(version, tmp_path, b"")
     assert first["stream"]
     assert second == first
-    assert_resumed(gateway, server)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_stream_that_broke_goes_on_as_a_whole_answer(
-    version: str, gateway: Running, server: Running, tmp_path: Path
-) -> None:
+def test_a_stream_that_broke_goes_on_as_a_whole_answer(version: str, tmp_path: Path) -> None:
     """The stream fails; the client asks again without one, and all but a batch is kept."""
-    asked, answer = interrupted(version, gateway, server, tmp_path, BROKEN)
-    assert answer.strip()
-    first, second = asked
+    first, second = resumed(version, tmp_path, BROKEN)
     assert first["stream"]
     assert not second.get("stream")
     assert second["messages"] == first["messages"]
-    assert_resumed(gateway, server)
