@@ -186,7 +186,8 @@ def test_an_installed_gateway_runs_as_a_daemon(
         gone = eventually(lambda: not pid_file.exists(), PATIENCE)
     assert gone
     assert not is_open(port)
-    assert log.read_text().rstrip().endswith("Server Shut Down.")
+    # The pid file goes first.
+    assert eventually(lambda: log.read_text().rstrip().endswith("Server Shut Down."), PATIENCE)
     assert "Traceback" not in log.read_text()
 
 
@@ -237,7 +238,8 @@ def test_a_taken_port_ends_the_start(foreground: bool, tmp_path: Path) -> None:
         done = run([TWISTD, *how, *files, "claudegw", "--config", config], tmp_path)
     assert done.returncode == 1
     assert f"127.0.0.1:{port}" in done.stdout + (tmp_path / "gw.log").read_text()
-    assert not (tmp_path / "gw.pid").exists()
+    # A daemon tells its status first.
+    assert eventually(lambda: not (tmp_path / "gw.pid").exists(), PATIENCE)
 
 
 # --- stopped --------------------------------------------------------------------------------------
