@@ -81,6 +81,15 @@ def is_at_rest(gateway: Running) -> bool:
 
 # --- on real models -------------------------------------------------------------------------------
 
+#: What a server logs when a slot begins with a task, and when it is idle again.
+BEGUN: Final = "processing task"
+RELEASED: Final = "stop processing"
+
+
+def count(server: Running, line: str) -> int:
+    """How often it has logged this."""
+    return server.log.read_text().count(line)
+
 
 @pytest.mark.server
 @both_versions
@@ -89,23 +98,22 @@ def test_escape_stops_the_model(
 ) -> None:
     """While main evaluates a turn, small answers its title; Escape ends the evaluation."""
     log = Log.of(gateway)
-    releases = main_server.log.read_text().count("stop processing")
+    begun, released = (count(main_server, line) for line in (BEGUN, RELEASED))
     client = Client.of(version, gateway, tmp_path)
     with client.session() as session:
         session.type("Tell me all about the gateways of old cities")
         assert eventually(lambda: bool(log.ended("title")), 300)
         (title,) = log.ended("title")
         assert (title["tier"], title["outcome"]) == ("small", "answered")
+        # Its log tells without a question; questions put off what is measured here.
+        assert eventually(lambda: count(main_server, BEGUN) > begun, 300)
         (turn,) = log.under_way()
         assert (turn["kind"], turn["tier"], turn["outcome"]) == ("turn", "main", "running")
-        # Its log tells without a question; questions put off what is measured here.
-        assert main_server.log.read_text().count("stop processing") == releases
+        assert count(main_server, RELEASED) == released
 
         session.press_escape()
         began = time.monotonic()
-        assert eventually(
-            lambda: main_server.log.read_text().count("stop processing") > releases, 60
-        )
+        assert eventually(lambda: count(main_server, RELEASED) > released, 60)
         figures.info("%s: slot idle %.1f s after Escape", version, time.monotonic() - began)
         assert eventually(lambda: is_at_rest(gateway), 60)
         figures.info("all permits back %.1f s after Escape", time.monotonic() - began)
