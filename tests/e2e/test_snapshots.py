@@ -24,6 +24,7 @@ import pytest
 import pytest_twisted
 from twisted.internet import reactor as the_reactor
 from twisted.internet.defer import Deferred
+from twisted.internet.task import deferLater
 from twisted.internet.threads import deferToThread
 
 from bench.second_session import WINDOW, with_window
@@ -440,7 +441,14 @@ async def test_a_server_that_dies_while_it_restores(place: Place) -> None:
     server, client = place.start()
     cold = await ask(server, SHORT)
     kept = await place.save(client, SHORT)
-    restoring = Deferred.fromCoroutine(client.restore_slot(0, kept.file))
+    for _ in range(20):
+        restoring = Deferred.fromCoroutine(client.restore_slot(0, kept.file))
+        server.process.send_signal(signal.SIGSTOP)
+        await deferLater(the_reactor, 0.1)  # until its threads stand still, and an answer is here
+        if not restoring.called:
+            break
+        server.process.send_signal(signal.SIGCONT)  # it was faster than we are
+        await restoring
     kill(server)
     with pytest.raises((ApiError, Lost)):
         await restoring

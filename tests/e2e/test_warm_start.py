@@ -121,12 +121,17 @@ def test_a_server_that_is_killed_meanwhile_costs_a_prefill_at_most(
     house: House, action: str
 ) -> None:
     """The answer is the cold one, and nothing half-made is left over."""
+
+    def kill() -> None:
+        os.kill(house.pid, signal.SIGKILL)
+
+    if action == "save":
+        house.at_first("action=save", kill)
     cold, _, _ = house.ask()
     if action == "restore":
         house.until_saved()
-    house.at_first(f"action={action}", lambda: os.kill(house.pid, signal.SIGKILL))
-    if action == "restore":
-        os.kill(house.pid, signal.SIGKILL)
+        house.at_first("action=restore", kill)
+        kill()
     house.until(lambda main: main["process"]["restarts"] == (1 if action == "save" else 2))
     assert house.ask()[0] == cold
     house.until_saved()
@@ -136,8 +141,8 @@ def test_a_server_that_is_killed_meanwhile_costs_a_prefill_at_most(
 
 def test_a_gateway_that_is_killed_while_it_saves_leaves_nothing(house: House) -> None:
     """The next one removes what is half-made, ends the old server and answers as before."""
-    cold, _, _ = house.ask()
     house.at_first("action=save", house.gateway.process.kill)
+    cold, _, _ = house.ask()
     house.gateway.process.wait(60)
     house.begin()
     assert house.ask()[0] == cold
