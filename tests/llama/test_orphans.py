@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +75,22 @@ def scene(tmp_path: Path) -> Iterator[Scene]:
         process.communicate()
 
 
+@contextmanager
+def held(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """What is sent to it meanwhile comes to it afterwards."""
+    process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+    yield
+    process.send_signal(signal.SIGCONT)
+
+
 def test_an_orphan_is_ended(scene: Scene, logged: list[LogEvent]) -> None:
     """It gets TERM, and is off the record once it is gone."""
     orphan = scene.start()
     scene.note(orphan)
-    over = scene.end()
-    assert over == []
+    with held(orphan):
+        over = scene.end()
+        assert over == []
     assert orphan.wait() == -signal.SIGTERM
     scene.clock.advance(0.1)
     assert over == [None]
