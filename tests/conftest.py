@@ -1,4 +1,8 @@
-"""What every test is held to: no failure may be logged that it does not ask for."""
+"""
+What every test is held to: no failure may be logged that it does not ask for.
+
+How long an example takes is no matter: the machine may have other work.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,13 @@ from collections.abc import Iterator
 from typing import cast
 
 import pytest
+from hypothesis import settings
 from twisted.logger import ILogObserver, LogEvent, LogLevel, globalLogPublisher
+
+# In CI hypothesis has a profile of its own, which has no deadline either.
+if settings.get_current_profile_name() == "default":
+    settings.register_profile("patient", deadline=None)
+    settings.load_profile("patient")
 
 
 @pytest.fixture

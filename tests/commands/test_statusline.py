@@ -138,8 +138,9 @@ class Door:
 
 
 @pytest.fixture
-def door(tmp_path: Path) -> Iterator[Door]:
-    """One that wants a key."""
+def door(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Door]:
+    """One that wants a key, and may be slow."""
+    monkeypatch.setattr("gateway.commands.statusline._PATIENCE", 30.0)
     door = Door(tmp_path / "gw.toml")
 
     class Answering(BaseHTTPRequestHandler):

@@ -50,6 +50,7 @@ def chromium(folder: Path, *, script: bool = True) -> Iterator[WebDriver]:
         no_script = {"profile.managed_default_content_settings.javascript": 2}
         options.add_experimental_option("prefs", no_script)
     browser = Chrome(options, ChromeService("/usr/bin/chromedriver"))
+    browser.set_script_timeout(120)  # the search for barriers is long, on a busy machine
     try:
         yield browser
     finally:

@@ -71,8 +71,8 @@ def test_calls_wait_for_a_server_that_takes_a_minute(tmp_path: Path) -> None:
     """Streams and others, from the first second on: each is answered once."""
     port = free_port()
     main = {"url": f"http://127.0.0.1:{port}", "slots": 1}
+    began = time.monotonic()  # before the minute does
     gateway = start_gateway(tmp_path, {"main": main}, a_late_server(port))
-    began = time.monotonic()
     try:
         with ThreadPoolExecutor(2 * len(ARRIVALS)) as pool:
             calls = [
