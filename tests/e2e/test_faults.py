@@ -42,7 +42,7 @@ figures = logging.getLogger(__name__)
 pytestmark = pytest.mark.server
 
 #: Seconds without progress after which the server counts as stuck.
-STALL: Final = 4
+STALL: Final = 8
 
 #: Starts after which a stand is made anew: the pauses between them grow.
 MANY: Final = 3
