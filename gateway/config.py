@@ -266,8 +266,7 @@ class Gateway:
         more = ""
         if kind == "unix" and unnamed < 2 and "mode" not in named:
             more = ":mode=600"
-        # That of tcp6 has the interface last.
-        if unnamed < (2 if kind == "tcp6" else 3) and "backlog" not in named:
+        if unnamed < 3 and "backlog" not in named:
             more += ":backlog=1024"
         return self.listen + more
 

@@ -504,7 +504,6 @@ def test_a_key_in_the_environment(
     [
         ("tcp:9090:interface=127.0.0.1", "tcp:9090:interface=127.0.0.1:backlog=1024"),
         ("tcp:9090:127.0.0.1:5", "tcp:9090:127.0.0.1:5"),
-        ("tcp6:9090:5", "tcp6:9090:5"),
         ("systemd:domain=UNIX:index=0", "systemd:domain=UNIX:index=0"),
         ("unix:/run/gw.sock", "unix:/run/gw.sock:mode=600:backlog=1024"),
         ("unix:address=/run/gw.sock:backlog=9", "unix:address=/run/gw.sock:backlog=9:mode=600"),
