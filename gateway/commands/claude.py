@@ -284,7 +284,7 @@ def run(
     except KeyboardInterrupt:
         raise Unusable("Interrupted; nothing was started.") from None
     except OSError as error:  # the state folder of a gateway that would have been started
-        raise Unusable(f"{error.filename}: {error.strerror}") from None
+        raise Unusable(f"{error.filename or 'the gateway'}: {error.strerror}") from None
     ours = settings(config, known, status_line(config_file))
     sources = list(found(Path.home(), Path.cwd(), os.environ, MANAGED.get(sys.platform)))
     start = session(ours, known[MAIN], sources, os.environ, arguments)

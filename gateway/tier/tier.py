@@ -343,7 +343,7 @@ class Tier:
             )
         come: Deferred[None] = Deferred(lambda _: self._awaiting.remove(come))
         self._awaiting.append(come)
-        if self._looking is None:
+        if self._looking is None or self._looking.called:  # it may end before it is known here
             self._looking = begin(self._look())
         await come
 

@@ -56,9 +56,9 @@ _DELTAS: Final[Mapping[str, tuple[str, str]]] = {
 #: What the end of a message says of it; more there may be, but nothing that its start says.
 _OF_THE_END: Final = frozenset({"stop_reason", "stop_sequence", "usage"})
 
-#: Characters of a message that is held whole, and what a block of it costs beside its words.
+#: Bytes that the events of a message that is held whole may have, and what each costs beside them.
 _LONGEST: Final = 64 * 1024 * 1024
-_BLOCK: Final = 1024
+_EACH: Final = 64
 
 
 class Truncated(Exception):
@@ -405,6 +405,10 @@ class Assembly:
     def add(self, events: Iterable[Event]) -> None:
         """These came next; raises ApiError if they are too many."""
         for event in events:
+            self._room -= _EACH + len(event.raw or orjson.dumps(event.body))
+            if self._room < 0:
+                message = f"The model server sent an answer of more than {_LONGEST} bytes."
+                raise ApiError("api_error", message)
             self._add(event.body)
 
     def again(self) -> None:
@@ -418,7 +422,6 @@ class Assembly:
             case "message_start":
                 self._message = {**body["message"], "content": []}
             case "content_block_start":
-                self._take(_BLOCK)
                 self._message["content"].append(dict(body["content_block"]))
                 self._parts.append([])
             case "content_block_delta":
@@ -426,18 +429,11 @@ class Assembly:
                 if delta["type"] == "signature_delta":
                     self._message["content"][-1]["signature"] = delta["signature"]
                 else:
-                    said = _payload(delta)
-                    self._take(len(said))
-                    self._parts[-1].append(said)
+                    self._parts[-1].append(_payload(delta))
             case "message_delta":
                 ending = {**body["delta"], "usage": body["usage"]}
                 taken = self._message.keys() - _OF_THE_END
                 self._message |= {name: ending[name] for name in ending if name not in taken}
-
-    def _take(self, characters: int) -> None:
-        self._room -= characters
-        if self._room < 0:
-            raise ApiError("api_error", f"The model server sent more than {_LONGEST} characters.")
 
     def message(self) -> dict[str, Json]:
         """The whole message; call it after the last event."""

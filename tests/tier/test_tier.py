@@ -7,8 +7,9 @@ from typing import Any, cast
 import attrs
 import pytest
 from twisted.internet.defer import CancelledError, Deferred
+from twisted.python.failure import Failure
 
-from gateway.llama.child import Child
+from gateway.llama.child import Child, State
 from gateway.policy.order import Rank
 from gateway.tier.line import Permit, Ticket
 from gateway.tier.tier import Tier
@@ -201,6 +202,43 @@ def test_a_server_that_is_away_is_restarted_at_once(
     assert restart(tier).called
     assert ours.did[-1] == ("restarted", 0)
     tier._is_open = True
+
+
+@attrs.define(eq=False)
+class Started:
+    """A server of ours in some state, for a reason."""
+
+    state: State
+
+    def status(self) -> Any:
+        return {"reason": "it broke"}
+
+
+@pytest.mark.parametrize(("state", "patience"), [(State.FAILED, 60), (State.LOADING, 0)])
+def test_nobody_waits_for_a_server_that_will_not_come(
+    tier: Tier, state: State, patience: float
+) -> None:
+    """Each call is told at once; and when it does come, they go on."""
+    child = Started(state)
+    tier.child, tier._is_open = cast(Child, child), False
+    tier.config = attrs.evolve(tier.config, startup_patience=patience)
+    told: list[str] = []
+
+    def refused(failure: Failure) -> None:
+        told.append(cast(ApiError, failure.value).message)
+
+    for _ in range(3):
+        Deferred.fromCoroutine(tier.ready()).addErrback(refused)
+    assert told == ["The model server of tier 'main' is not there: it broke."] * 3
+    child.state, tier.config = State.LOADING, attrs.evolve(tier.config, startup_patience=60)
+    ready = Deferred.fromCoroutine(tier.ready())
+    assert not ready.called
+    tier._is_open = True
+    tier._nudge()
+    clock: Any = tier._reactor
+    clock.advance(0)
+    assert ready.called
+    tier.child = None
 
 
 def test_why_a_server_says_nothing_of_itself() -> None:

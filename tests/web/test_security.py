@@ -23,6 +23,8 @@ from gateway.wire import events
 from tests.house import HELLO, Household, turn
 from tests.remote.scene import Scene
 
+Json = Any
+
 reactor: Any = real_reactor
 
 TOKEN: Final = "the-token-of-the-door"
@@ -213,29 +215,41 @@ def test_an_answer_without_end_is_ended() -> None:
     assert "sent more than" in browser.json["error"]["message"]
 
 
-def test_a_message_without_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def _said(words: str) -> Json:
+    return HELLO[2] | {"delta": {"type": "text_delta", "text": words}}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        [_said("x" * 5000)],
+        [_said("")] * 40,
+        [HELLO[3], HELLO[1] | {"content_block": {"type": "text", "text": "x" * 5000}}],
+    ],
+    ids=["words", "events without words", "blocks that begin with them"],
+)
+def test_a_message_without_end_is_ended(more: list[Json], monkeypatch: pytest.MonkeyPatch) -> None:
     """Where it is held whole; one that is streamed on is held by nobody."""
     monkeypatch.setattr(events, "_LONGEST", 20_000)
-    more = HELLO[2] | {"delta": {"type": "text_delta", "text": "x" * 5000}}
     scene = Scene.of("anthropic")
     for stream in (False, True):
         browser = scene.house.ask(turn(stream=stream))
         held = scene.there.held.pop()
         held.begin()
-        held.send(*HELLO[:2], more, more, more)
+        held.send(*HELLO[:2], *more, *more)
         scene.house.settle()
         assert not held.left
-        held.send(more)
+        held.send(*more * 2)
         scene.house.settle()
         assert held.left == (not stream)
         if stream:
             held.send(*HELLO[3:])
             held.finish()
             scene.house.settle()
-            assert browser.body.count(b"x" * 5000) == 4
+            assert browser.ended
         else:
             assert browser.status == 500
-            assert "sent more than 20000 characters" in browser.json["error"]["message"]
+            assert "an answer of more than 20000 bytes" in browser.json["error"]["message"]
     assert scene.house.line().running == 0
 
 

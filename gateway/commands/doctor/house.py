@@ -70,23 +70,27 @@ def token(facts: Facts, say: Say) -> Iterator[Finding]:
     if config is None:
         return
     secrets = config.gateway.token, *(tier.api_key for tier in config.tier.values())
-    others = 0o027 if facts.unit else 0o077  # a service reads the file as its group
+    # A service reads the file as its group.
+    mode, others = ("640", 0o027) if facts.unit else ("600", 0o077)
     if any(secrets) and facts.mode & others:
         yield say(
             "warning",
             f"others on this machine can read the keys in {facts.path} (mode {facts.mode:04o})",
-            f"Run: `chmod 600 {shlex.quote(str(facts.path))}`",
+            f"Run: `chmod {mode} {shlex.quote(str(facts.path))}`",
         )
     elif config.gateway.token is None:
         yield say("ok", "none is needed: the gateway listens on loopback alone")
     else:
-        yield say("ok", "there is one, and nobody else can read it")
+        group = " and its group" if facts.mode & 0o040 else ""
+        yield say("ok", f"there is one, and none but the file's owner{group} can read it")
 
 
 def state(facts: Facts, say: Say) -> Iterator[Finding]:
     """Whether the state folder can be used, and by nobody else."""
     for folder in facts.state:
         path = shlex.quote(str(folder.path))
+        if folder is not facts.state[0] and not facts.state[0].is_ours:
+            continue  # nobody else can look into it
         if not folder.exists:
             yield say("ok", f"{folder.path} will be made at the start")
         elif not folder.is_folder:

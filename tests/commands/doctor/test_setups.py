@@ -501,7 +501,10 @@ def test_a_service_reads_its_configuration_as_its_group(world: World) -> None:
     world.unit.write_text("[Service]\nType=notify\nTimeoutStopSec=1h\n")
     assert not of(look(world), "token")
     world.path.chmod(0o644)
-    assert of(look(world), "token")
+    (found,) = of(look(world), "token")
+    assert "chmod 640" in found.remedy
+    follow(found.remedy, world)
+    assert not of(look(world), "token")
 
 
 def test_an_organizations_settings_are_looked_at(
