@@ -466,6 +466,8 @@ class Upstream:
             raise Lost(_in_words(error)) from None
         except ConnectionClosed as error:
             raise Lost(_in_words(error)) from None
+        except OSError:  # of a socket in the file system, where no more files may be open
+            raise self.gone() from None
         finally:
             self._awaited.discard(awaited)
         return Answer(response, self._read)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,17 @@ import pytest_twisted
 import trustme
 from twisted.internet import reactor as real_reactor
 from twisted.internet import ssl
-from twisted.internet.defer import maybeDeferred
+from twisted.internet.defer import Deferred, fail, maybeDeferred
 from twisted.internet.protocol import Factory, Protocol
+from twisted.internet.task import Clock
+from twisted.web.iweb import IAgent, IResponse
 from twisted.web.server import Site
+from zope.interface import implementer
 
 from gateway.config import Tier as TierConfig
 from gateway.llama.client import LlamaClient
 from gateway.remote import remote
-from gateway.upstream import Health, Remote
+from gateway.upstream import Health, Remote, Upstream
 from gateway.wire.errors import ApiError, Unavailable
 from tests.remote.scene import Elsewhere
 
@@ -126,3 +130,21 @@ async def test_what_comes_at_once_is_handed_on_at_once() -> None:
     await (await client.messages({})).stream(receive)
     assert received == [b"onetwo", b"three", b"four"]
     await maybeDeferred(port.stopListening)
+
+
+@pytest_twisted.ensureDeferred
+async def test_no_more_files_may_be_open() -> None:
+    """Over a socket in the file system that is no error of Twisted's; it is told as any other."""
+
+    @implementer(IAgent)
+    class Agent:
+        def request(self, *_: object) -> Deferred[IResponse]:
+            return fail(OSError(errno.EMFILE, "Too many open files"))
+
+    def refusal(*_: object) -> ApiError:
+        raise AssertionError
+
+    upstream = Upstream.over(Clock(), Agent(), "main", "unix:/run/llama.sock", refusal, {})
+    with pytest.raises(Unavailable, match="No model server answers at unix:/run/llama"):
+        await upstream.request("GET", "/health")
+    assert await upstream.status("/health") is None

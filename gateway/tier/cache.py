@@ -193,6 +193,10 @@ class Cache:
         else:
             self._warming = self._do(self._warm_up())
 
+    def told_to_end(self) -> None:
+        """The server was told to end: whatever was being restored is no reason for it."""
+        self._doubted = None
+
     def closed(self) -> None:
         """The server is gone, or about to be."""
         self._server = self._held = self._restored = None
@@ -481,7 +485,7 @@ class Cache:
             except BaseException:
                 if permit is not None:
                     permit.finished()  # a disk that hangs is no reason to keep it
-                await store.abort(part)
+                self._do(store.abort(part))  # nor to wait for it once more
                 raise
             finally:
                 self.moves = False
@@ -531,7 +535,9 @@ class Cache:
                 return False
             self._doubted, self.moves = snapshot, True
             moved = await self._llama.restore_slot(_SLOT, snapshot.file)
-        except (ApiError, Lost) as error:
+        except (Lost, Unavailable):
+            raise  # its server is gone: at the next start it is known whether this ended it
+        except ApiError as error:
             log.warn("tier {tier}: cannot restore: {error}", tier=self.name, error=str(error))
             self._doubted = None
             await self.store.drop(snapshot)

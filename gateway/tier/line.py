@@ -198,6 +198,11 @@ class Line:
             else:
                 self._drop(place)
 
+    def check_server(self) -> None:
+        """Raise ApiError, 503, if the server is gone."""
+        if self._down is not None:
+            raise self._down.with_traceback(None)  # which would grow, and hold what it went through
+
     def server_up(self) -> None:
         """The server is there, and its slots may work."""
         self._down = None
@@ -261,8 +266,7 @@ class Line:
         """
         if self._stopped:
             raise stopping()
-        if self._down is not None:
-            raise self._down.with_traceback(None)  # which would grow, and hold what it went through
+        self.check_server()
         if self.waiting >= self.max_waiting and not in_any_case:
             soon = self._pace * self.waiting / self.slots
             raise overloaded(

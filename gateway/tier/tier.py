@@ -278,6 +278,8 @@ class Tier:
             return
         self._is_open = False
         self.vitals.stop()
+        if state is State.DRAINING:
+            self.cache.told_to_end()
         self.cache.closed()
         self.line.server_down(self._away())
         if state in _GONE:

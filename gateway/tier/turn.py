@@ -53,6 +53,7 @@ class Turn:
             if self._tier.remote is not None:
                 self._permit.idle()  # whoever is hung up on there is gone; no slot can be asked
             await self._tier.cache.before(body)
+            self._tier.line.check_server()  # it may have gone meanwhile, and hears of no call now
             name, tokens = self._ticket.name, self._ticket.tokens
             self._tier.progress.begin(name, tokens, idle=self._permit.idle)
             return await ask()

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 
 import attrs
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.defer import TimeoutError as TimedOut
 from twisted.internet.interfaces import IReactorTime
 from twisted.internet.task import deferLater
@@ -94,6 +94,11 @@ class Vitals:
         try:
             slots = await asked
         except (ApiError, TimedOut):
+            return False
+        except CancelledError:
+            raise
+        except Exception:  # noqa: BLE001  # whatever breaks, a server that is stuck is found
+            log.failure("cannot ask a server for signs of life")
             return False
         before, self._counts = self._counts, _counted(slots)
         stood_still = self._counts == before and not _rest(slots)

@@ -485,6 +485,50 @@ def test_a_restore_during_which_the_server_goes_away_is_not_tried_again(scene: S
     assert scene.store.snapshots == []
 
 
+@pytest.mark.parametrize("hears_first", [True, False])
+def test_a_restore_that_we_end_ourselves_costs_no_snapshot(scene: Scene, hears_first: bool) -> None:
+    """Of a server that was told to end; whether its question or the state is heard of first."""
+    scene.opened().call("hi")
+    scene.rest()
+    scene.cache.closed()
+    scene.server.moving = Deferred()
+    opening = Deferred.fromCoroutine(scene.cache.opened(PROPS))
+    opening.addErrback(lambda failure: failure.trap(CancelledError))
+    if hears_first:
+        scene.server.moving.errback(unavailable("Gone."))
+    opening.cancel()
+    scene.cache.told_to_end()
+    scene.cache.closed()
+    assert len(scene.store.snapshots) == 1
+    scene.server.moving = None
+    scene.opened()
+    assert scene.server.asked == ["save", "restore", "restore"]
+
+
+def test_a_server_that_goes_away_over_a_restore_is_given_none_again(scene: Scene) -> None:
+    """Its connection broke before anybody knew that it had ended."""
+    scene.opened().call("hi")
+    scene.rest()
+    scene.cache.closed()
+    scene.server.refuses = unavailable("Gone.")
+    scene.opened()
+    scene.cache.closed()
+    scene.server.refuses = None
+    scene.opened()
+    assert scene.store.snapshots == []
+
+
+def test_a_save_on_a_disk_that_hangs_holds_nobody_up(scene: Scene) -> None:
+    """Neither does the removal of what was begun."""
+    scene.opened().call("hi")
+    scene.server.moving = Deferred()
+    resting = Deferred.fromCoroutine(scene.cache.rest(30))
+    assert scene.server.asked == ["save"]
+    scene.store._thread = lambda *_: Deferred()
+    scene.clock.advance(31)
+    assert _now(resting) is None
+
+
 def test_a_restore_that_hangs_lets_the_server_open_in_the_end(scene: Scene) -> None:
     """A disk that does not answer costs the snapshot, and not the tier."""
     scene.opened().call("hi")

@@ -7,6 +7,7 @@ from typing import Any
 import attrs
 from twisted.internet.defer import Deferred
 from twisted.internet.task import Clock
+from twisted.logger import LogEvent, formatEvent
 
 from gateway.tier.vitals import Vitals
 from gateway.wire.errors import unavailable
@@ -34,6 +35,7 @@ class Scene:
         works: whether it has something to do.
         slots: what it says of its slots; None where it does not answer.
         refuses: its port is closed.
+        breaks: it cannot even be asked.
         stuck: why it counted as stuck, each time.
     """
 
@@ -41,6 +43,7 @@ class Scene:
     works: bool = True
     slots: list[Any] | None = attrs.field(factory=lambda: [slot()])
     refuses: bool = False
+    breaks: bool = False
     asked: int = 0
     stuck: list[str] = attrs.field(factory=list)
     vitals: Vitals = attrs.field(init=False)
@@ -53,6 +56,8 @@ class Scene:
         self.asked += 1
         if self.refuses:
             raise unavailable("down")
+        if self.breaks:
+            raise OSError("too many files")
         if self.slots is None:
             await Deferred()
         return self.slots
@@ -70,6 +75,17 @@ def test_a_server_that_makes_no_progress_is_stuck() -> None:
     scene.wait(10 * STALL)
     assert len(scene.stuck) == 1
     assert scene.clock.getDelayedCalls() == []
+
+
+def test_a_question_that_breaks_does_not_end_the_watch(logged: list[LogEvent]) -> None:
+    """It is logged, and counts as no answer."""
+    scene = Scene(breaks=True)
+    scene.wait(STALL / 3)
+    assert [formatEvent(event) for event in logged] == ["cannot ask a server for signs of life"]
+    logged.clear()
+    scene.breaks = False
+    scene.wait(2 * STALL)
+    assert scene.stuck == ["no progress for 30 s"]
 
 
 def test_not_before_its_time() -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from twisted.internet.defer import Deferred
 
 from gateway.llama.child import State
+from gateway.tier.cache import Cache
 from gateway.tier.deaths import REMEMBERED
+from gateway.tier.tier import Tier
 from gateway.tier.vitals import Vitals
 from tests.house import CLAUDE_CODE, HELLO, FakeLlama, Held, Household, turn
 
@@ -285,22 +288,52 @@ def test_a_small_call_whose_server_dies_is_answered_by_main() -> None:
     assert browser.headers["x-claudegw-tier"] == "main"
 
 
+class Gone:
+    """A server of ours that is away."""
+
+    state = State.BACKOFF
+    started_with: tuple[Any, ...] = ((), {})
+
+    @classmethod
+    def of(cls, house: Household) -> Tier:
+        """The main tier, whose server that is from now on."""
+        tier = house.api.dispatch.tiers["main"]
+        assert tier.llama is not None
+        tier.vitals = Vitals(180, lambda: False, tier.llama.slots, lambda _: None, house.clock)
+        tier.child = cls()  # type: ignore[assignment]
+        tier.server_is(State.BACKOFF)
+        return tier
+
+    def status(self) -> Any:
+        return {"reason": "it was ended by SIGKILL"}
+
+
+def test_a_call_is_not_sent_to_a_server_that_ended_while_its_slot_was_made_ready(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It waits for the next one, and is to blame for nothing."""
+    house, is_prepared = Household.built(), Deferred[None]()
+    monkeypatch.setattr(Cache, "before", lambda *_: is_prepared)
+    browser = house.ask(turn())
+    tier = Gone.of(house)
+    is_prepared.callback(None)
+    house.settle()
+    assert house.main.held == []
+    tier.server_is(State.READY)
+    house.settle()
+    house.main.held[0].answer()
+    house.settle()
+    assert browser.status == 200
+    assert last(house)["outcome"] == "answered"
+    assert list(tier.deaths._suspects) == []
+    tier.stop()
+
+
 def test_a_server_of_ours_that_is_gone_is_hung_up_on() -> None:
     """A connection that outlives its server, as behind a proxy, keeps no call."""
-
-    class Gone:
-        state = State.BACKOFF
-
-        def status(self) -> Any:
-            return {"reason": "it was ended by SIGKILL"}
-
     house = Household.built()
-    tier = house.api.dispatch.tiers["main"]
-    assert tier.llama is not None
-    tier.vitals = Vitals(180, lambda: False, tier.llama.slots, lambda _: None, house.clock)
     browser = house.ask(turn())
-    tier.child = Gone()  # type: ignore[assignment]
-    tier.server_is(State.BACKOFF)
+    tier = Gone.of(house)
     house.settle()
     assert house.main.held[0].left
     assert browser.status is None
