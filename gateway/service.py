@@ -180,6 +180,7 @@ class House(MultiService):
     _announcing: Deferred[None] | None = None
     _changing: set[Deferred[None]] = attrs.field(factory=set, init=False)
     _leaving: list[Tier] = attrs.field(factory=list, init=False)
+    _awaiting: list[Deferred[None]] = attrs.field(factory=list, init=False)
 
     @classmethod
     def built(cls, config: Config, path: Path, reactor: Any) -> House:
@@ -279,10 +280,10 @@ class House(MultiService):
         if dispatch.ledger.history is not None:
             dispatch.ledger.history.adopt(_bounds(config))
         self.api.capture = _capture(config)
-        for name in changes.added:
-            _start(dispatch.tiers[name])
         for name in changes.removed:
             self._later(self._remove(before[name]))
+        for name in changes.added:
+            self._later(self._add(dispatch.tiers[name]))
         for name in config.tier:
             if name in before:
                 self._renew(before[name])
@@ -312,6 +313,24 @@ class House(MultiService):
         elif child.state is State.FAILED:
             child.retry()
 
+    async def _add(self, tier: Tier) -> None:
+        """
+        Let a tier in, and start its server as soon as no other one that is let go has its place.
+
+        Until then its calls wait as for a server that loads.
+        """
+        tier.start()
+        if tier.child is None:
+            return
+        tier.is_due = True
+        while any(tier.shares_with(other) for other in self._leaving):
+            gone: Deferred[None] = Deferred()
+            self._awaiting.append(gone)
+            await gone
+        tier.is_due = False
+        if self.tiers.get(tier.name) is tier:  # it may have been removed itself
+            tier.child.startService()
+
     async def _remove(self, tier: Tier) -> None:
         """
         Let a tier go that nobody is sent to any more, once its calls have their answers.
@@ -326,6 +345,9 @@ class House(MultiService):
             await tier.child.stopService()
         self._leaving.remove(tier)
         log.info("tier {tier}: removed", tier=tier.name)
+        awaiting, self._awaiting = self._awaiting, []
+        for gone in awaiting:
+            gone.callback(None)
 
     def _later(self, change: Coroutine[Deferred[Any], Any, None]) -> None:
         """Make a change that has to wait, unless the house stops first."""

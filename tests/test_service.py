@@ -275,6 +275,59 @@ def test_a_tier_that_is_removed_ends_its_calls_first(estate: Estate) -> None:
     assert not waiting.failed
 
 
+@pytest.mark.parametrize("name", ["small", "other"])
+def test_a_tier_that_takes_the_place_of_one_that_leaves_waits_for_it(
+    estate: Estate, name: str
+) -> None:
+    """Of the same name, or at the same port: two servers there would be one too many."""
+    estate.stands(tier("main"), tier("small"))
+    call = estate.call("small")
+    note = estate.folder / "small.child"
+    before = note.read_bytes()
+    estate.reads(tier("main"))
+    estate.reads(tier("main"), tier(name))
+    assert len(estate.reactor.started) == 2
+    assert note.read_bytes() == before
+    waits = Deferred.fromCoroutine(estate.house.tiers[name].ready())
+    estate.wait()
+    assert not waits.called
+    call.over()
+    estate.process("small").ends()
+    estate.wait()
+    assert len(estate.reactor.started) == 3
+    estate.wait()
+    assert estate.state(name) is State.READY
+    assert waits.called
+
+
+def test_a_tier_that_waits_for_its_place_may_be_removed(estate: Estate) -> None:
+    """Its server is never started."""
+    estate.stands(tier("main"), tier("small"))
+    call = estate.call("small")
+    estate.reads(tier("main"))
+    estate.reads(tier("main"), tier("small"))
+    estate.reads(tier("main"))
+    call.over()
+    estate.process("small").ends()
+    estate.wait()
+    assert len(estate.reactor.started) == 2
+    assert "tier small: removed" in estate.said
+
+
+def test_a_house_may_stop_while_a_tier_waits_for_its_place(estate: Estate) -> None:
+    """The server that is there is ended, and no other one begun."""
+    estate.stands(tier("main"), tier("small"))
+    estate.call("small")
+    estate.reads(tier("main"))
+    estate.reads(tier("main"), tier("small"))
+    estate.stop()
+    for process in estate.reactor.alive():
+        process.ends()
+    estate.wait()
+    assert estate.stopped
+    assert len(estate.reactor.started) == 2
+
+
 def test_the_slot_of_a_tier_that_is_removed_is_saved(
     estate: Estate, monkeypatch: pytest.MonkeyPatch
 ) -> None:

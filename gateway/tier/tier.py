@@ -81,6 +81,7 @@ class Tier:
         store_for: where a server with this command saves its slot; None for nowhere.
         cache: what its slot holds, and what of it is kept.
         child: its server, where it is one of ours.
+        is_due: that one will be started, once another has left its place.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Tier:
     remote: Remote | None = attrs.field(default=None, init=False)
     cache: Cache = attrs.field(init=False)
     child: Child | None = attrs.field(default=None, init=False)
+    is_due: bool = attrs.field(default=False, init=False)
     _opening: Deferred[None] | None = attrs.field(default=None, init=False)
     _is_open: bool = attrs.field(default=False, init=False)
     _props: Props | None = attrs.field(default=None, init=False)
@@ -156,6 +158,10 @@ class Tier:
         self.line.max_waiting, self.line.ageing = config.max_waiting, config.ageing
         if self.vitals is not None:
             self.vitals.stall = config.stall
+
+    def shares_with(self, other: Tier) -> bool:
+        """Whether the servers of both cannot run at the same time: of one name, or at one place."""
+        return self.name == other.name or self.config.url == other.config.url
 
     async def rest(self, rank: Rank = Rank.HOUSE) -> list[Permit]:
         """
@@ -380,7 +386,9 @@ class Tier:
 
     @property
     def _is_given_up(self) -> bool:
-        return self.child is not None and self.child.state in (State.FAILED, State.STOPPED)
+        if self.child is None or self.is_due:
+            return False
+        return self.child.state in (State.FAILED, State.STOPPED)
 
     async def _missing(self) -> ApiError | None:
         """Why nobody can be sent to the server; None if it is there."""
