@@ -117,7 +117,7 @@ def from_sidecar(name: str, raw: bytes, used: float) -> Snapshot | None:
         if said.pop("form") != _FORM:
             return None
         found = _CONVERTER.structure({**said, "name": name, "used": used}, Snapshot)
-    except Exception:  # noqa: BLE001  # whatever somebody has written there
+    except Exception:  # noqa: BLE001  # a file may hold anything, and cattrs raises many things
         return None
     sensible = (
         found.tokens >= found.prompt_tokens > 0

@@ -8,7 +8,7 @@ import orjson
 import pytest
 from twisted.logger import LogEvent, formatEvent
 
-from tests.house import CLAUDE_CODE, HELLO, turn
+from tests.house import CLAUDE_CODE, HELLO, Browser, turn
 from tests.remote.scene import Scene
 from tests.web.test_kinds import VERDICT
 
@@ -263,12 +263,8 @@ def test_a_client_that_leaves_is_hung_up_for() -> None:
     assert (scene.house.line().running, scene.house.line().settling) == (0, 0)
 
 
-def test_a_server_that_is_gone_is_waited_for() -> None:
-    """As long as for any other that somebody else starts."""
-    scene = Scene.of("anthropic", startup_patience=60)
-    scene.there.models = 503
-    browser = scene.house.ask(turn())
-    assert browser.status is None
+def answered_once_it_is_there(scene: Scene, browser: Browser) -> None:
+    """The server comes, and answers `browser`."""
     scene.there.models = []
     scene.house.wait(3)
     scene.there.held[0].answer()
@@ -276,17 +272,14 @@ def test_a_server_that_is_gone_is_waited_for() -> None:
     assert browser.status == 200
 
 
-def test_a_header_that_is_no_text_is_read() -> None:
-    """It says nothing, and the call goes on waiting for its server."""
+@pytest.mark.parametrize("retry_after", [None, b"\xff"])
+def test_a_server_that_is_gone_is_waited_for(retry_after: bytes | None) -> None:
+    """As long as for any other that somebody else starts; also if its header is no text."""
     scene = Scene.of("anthropic", startup_patience=60)
-    scene.there.models, scene.there.retry_after = 503, b"\xff"
+    scene.there.models, scene.there.retry_after = 503, retry_after
     browser = scene.house.ask(turn())
     assert browser.status is None
-    scene.there.models = []
-    scene.house.wait(3)
-    scene.there.held[0].answer()
-    scene.house.settle()
-    assert browser.status == 200
+    answered_once_it_is_there(scene, browser)
 
 
 def test_a_fault_of_ours_keeps_nobody_waiting(
@@ -305,12 +298,7 @@ def test_a_fault_of_ours_keeps_nobody_waiting(
     ]
     logged.clear()
     assert scene.house.line().waiting == 0
-    later = scene.house.ask(turn())
-    scene.there.models = []
-    scene.house.wait(3)
-    scene.there.held[0].answer()
-    scene.house.settle()
-    assert later.status == 200
+    answered_once_it_is_there(scene, scene.house.ask(turn()))
 
 
 def test_a_server_that_is_there_and_has_no_time_is_not_asked_again_at_once() -> None:
