@@ -427,7 +427,7 @@ def parse(raw: Mapping[str, Any], kinds: tuple[str, ...]) -> Config:
         config = _converter().structure(raw, Config)
     except Exception as error:  # noqa: BLE001  # cattrs gathers in an ExceptionGroup whatever the hooks raised
         lines = transform_error(error, format_exception=_format)
-        raise ConfigError([*map(_readable, lines), *_lost(raw)]) from None
+        raise ConfigError([*map(_readable, lines), *_lost(raw, kinds)]) from None
     mistakes = list(_contradictions(config, kinds))
     if mistakes:
         raise ConfigError(mistakes)
@@ -435,7 +435,7 @@ def parse(raw: Mapping[str, Any], kinds: tuple[str, ...]) -> Config:
     return attrs.evolve(config, gateway=attrs.evolve(config.gateway, state_dir=state_dir))
 
 
-def _lost(raw: Mapping[str, Any]) -> Iterator[str]:
+def _lost(raw: Mapping[str, Any], kinds: tuple[str, ...]) -> Iterator[str]:
     """Names that lead nowhere, in a file that has other mistakes."""
     tiers, rules = raw.get("tier", {}), raw.get("route", [])
     if not isinstance(tiers, dict) or not isinstance(rules, list):
@@ -443,17 +443,22 @@ def _lost(raw: Mapping[str, Any]) -> Iterator[str]:
     if "main" not in tiers:
         yield _NO_MAIN
     for number, rule in enumerate(rules):
-        name = rule.get("tier") if isinstance(rule, dict) else None
-        if isinstance(name, str) and name not in tiers:
-            yield _no_tier(number, name, tiers)
+        found = rule if isinstance(rule, dict) else {}
+        yield from _leads_nowhere(number, found.get("tier"), found.get("kind"), tiers, kinds)
 
 
 _NO_MAIN = "tier.main: expected a table [tier.main]; every gateway has a main tier"
 
 
-def _no_tier(number: int, name: str, tiers: Mapping[str, Any]) -> str:
-    known = ", ".join(tiers) or "none"
-    return f'route[{number}].tier: there is no tier "{name}" (there is: {known})'
+def _leads_nowhere(
+    number: int, tier: object, kind: object, tiers: Mapping[str, Any], kinds: tuple[str, ...]
+) -> Iterator[str]:
+    """What a route names that there is not; what is no name at all has been told."""
+    if isinstance(tier, str) and tier not in tiers:
+        known = ", ".join(tiers) or "none"
+        yield f'route[{number}].tier: there is no tier "{tier}" (there is: {known})'
+    if isinstance(kind, str) and kind not in kinds:
+        yield f'route[{number}].kind: expected one of {", ".join(kinds)}, got "{kind}"'
 
 
 def _contradictions(config: Config, kinds: tuple[str, ...]) -> Iterator[str]:
@@ -461,10 +466,7 @@ def _contradictions(config: Config, kinds: tuple[str, ...]) -> Iterator[str]:
     if "main" not in config.tier:
         yield _NO_MAIN
     for number, rule in enumerate(config.route):
-        if rule.tier not in config.tier:
-            yield _no_tier(number, rule.tier, config.tier)
-        if rule.kind is not None and rule.kind not in kinds:
-            yield f'route[{number}].kind: expected one of {", ".join(kinds)}, got "{rule.kind}"'
+        yield from _leads_nowhere(number, rule.tier, rule.kind, config.tier, kinds)
         if rule.model is None and rule.kind is None:
             yield f"route[{number}]: expected a model or a kind; without both it matches every call"
     for name, tier in config.tier.items():

@@ -147,6 +147,9 @@ def test_every_mistake_is_said_at_once_with_its_key() -> None:
         max_waiting = "many"
         [[route]]
         model = 5
+        [[route]]
+        kind = "housework"
+        tier = "main"
         """
     )
     assert sorted(found) == sorted(
@@ -163,6 +166,7 @@ def test_every_mistake_is_said_at_once_with_its_key() -> None:
             "tier.main.server.command: expected a program and its arguments, got ()",
             f"tier.small.url: {AN_URL}, got 'ftp://example.org'",
             "tier.small.max_waiting: expected an integer, got a string",
+            f'route[1].kind: expected one of {", ".join(KINDS)}, got "housework"',
             "route[0].tier: required",
             "route[0].model: expected a string, got an integer",
         ]
