@@ -6,7 +6,7 @@ hold beyond that: bounds of numbers, texts and lists.  Everything else is refuse
 that is not held to a keyword would break it sooner or later.
 
 1. References are followed, and ``anyOf``, ``oneOf`` and ``allOf`` multiplied out, until there are
-   branches of plain keywords; branches that nothing fits are dropped.
+   branches of plain keywords (`gateway.policy.branches`); branches that nothing fits are dropped.
 2. Each branch becomes a shape for each type that it allows.
 3. Objects are closed: an answer has no other members than those that the schema names.  Only one
    that is the whole answer, names none and allows others has what the model likes.
@@ -15,7 +15,7 @@ that is not held to a keyword would break it sooner or later.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from decimal import Decimal
 from functools import cache, partial
 from itertools import combinations
@@ -28,6 +28,16 @@ from jsonschema.exceptions import SchemaError, ValidationError
 from referencing import Registry
 
 from gateway.policy import pattern
+from gateway.policy.branches import (
+    BOUNDS,
+    ELSEWHERE,
+    TYPES,
+    Branch,
+    kinds_of,
+    merge,
+    needs_more,
+    read_plain,
+)
 from gateway.policy.shapes import (
     ENDLESS,
     AnyObject,
@@ -62,48 +72,10 @@ _LARGEST_FRACTION: Final = 10**15
 #: Larger than both.
 _BEYOND: Final = 10**16
 
-#: The most items or characters that a bound may ask for.
-_MOST: Final = 64_000
-
 _WHERE: Final = "output_config.format.schema"
-
-_TYPE_OF: Final = {
-    dict: "object",
-    list: "array",
-    str: "string",
-    int: "integer",
-    bool: "boolean",
-    type(None): "null",
-}
-_TYPES: Final = ("object", "array", "string", "integer", "number", "boolean", "null")
-
-#: Keywords that no grammar holds.
-_NOT_HERE: Final = frozenset(
-    {
-        "not", "if", "then", "else", "contains", "minContains", "maxContains", "prefixItems",
-        "patternProperties", "propertyNames", "minProperties", "maxProperties",
-        "dependentRequired", "dependentSchemas", "dependencies", "unevaluatedItems",
-        "$dynamicRef", "$recursiveRef",
-    }
-)  # fmt: skip
-
-#: Keywords that lead to other schemas in the place of this one.
-_ELSEWHERE: Final = ("$ref", "allOf", "anyOf", "oneOf")
 
 #: Keywords that have schemas by name.
 _HOLD_MANY: Final = ("$defs", "definitions", "properties")
-
-#: Keywords by which a type is meant where none is said.
-_MEANT: Final = {
-    "object": ("properties", "required", "closed"),
-    "array": ("items", "minItems", "maxItems"),
-    "string": ("minLength", "maxLength", "pattern", "format"),
-    "number": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"),
-}
-
-#: A branch: plain keywords, with ``types``, ``values`` and ``closed`` for `type`, `enum` or
-#: `const`, and `additionalProperties`.
-_Branch = dict[str, Json]
 
 
 @attrs.frozen
@@ -181,7 +153,7 @@ def _is_of_use(schema: Json) -> bool:
         if isinstance(each, Mapping):
             objects += 1
             wanted, types = each.get("pattern"), each.get("type")
-            if isinstance(types, list) and len(types) > len(_TYPES):
+            if isinstance(types, list) and len(types) > len(TYPES):
                 return False  # jsonschema compares each with each
             characters += len(wanted) if isinstance(wanted, str) else 0
             left.extend(each.values())
@@ -209,7 +181,7 @@ def _resolve(root: Mapping[str, Json], reference: Json) -> Json:
                 found, above = found[key], ""
             else:
                 found, above = found[key], key
-                if key not in (*_HOLD_MANY, *_ELSEWHERE, "items"):
+                if key not in (*_HOLD_MANY, *ELSEWHERE, "items"):
                     start = ""
         if above in _HOLD_MANY:
             start = ""
@@ -268,7 +240,7 @@ class _Reading:
     def shape(self, schema: Json, path: str) -> Shape:
         branches = self.branches(schema, path)
         shapes = [
-            self.of_type(kind, branch, path) for branch in branches for kind in _kinds(branch)
+            self.of_type(kind, branch, path) for branch in branches for kind in kinds_of(branch)
         ]
         found = [shape for shape in shapes if shape is not None]
         if not found:
@@ -283,15 +255,15 @@ class _Reading:
 
     # --- branches ---------------------------------------------------------------------------------
 
-    def branches(self, schema: Json, path: str) -> list[_Branch]:
+    def branches(self, schema: Json, path: str) -> list[Branch]:
         """The branches of plain keywords that `schema` has; none where nothing fits it."""
         if isinstance(schema, bool):
             self.step(1)
             return [{}] if schema else []
         self.step(1 + len(schema.get("enum", ())) + len(schema.get("pattern", "")))
-        plain = self.plain(schema, path)
+        plain = read_plain(schema, path)
         found = [] if plain is None else [plain]
-        for key in _ELSEWHERE:
+        for key in ELSEWHERE:
             if key not in schema:
                 continue
             if key == "$ref":
@@ -307,26 +279,13 @@ class _Reading:
                 found = self.both(found, branches, path)
         return found
 
-    def both(self, ones: list[_Branch], others: list[_Branch], path: str) -> list[_Branch]:
+    def both(self, ones: list[Branch], others: list[Branch], path: str) -> list[Branch]:
         """The branches of what must fit a branch of both sides."""
         self.step(len(ones) * len(others))
-        merged = (_merged(one, other, path) for one in ones for other in others)
+        merged = (merge(one, other, path) for one in ones for other in others)
         return [branch for branch in merged if branch is not None]
 
-    def plain(self, schema: Mapping[str, Json], path: str) -> _Branch | None:
-        """The keywords of `schema` itself; None where they exclude each other."""
-        found: _Branch = {}
-        for name, value in schema.items():
-            if name in _ELSEWHERE:
-                continue
-            if name in _NOT_HERE:
-                raise invalid(f"{path}: {name} is not supported here")
-            reading = _PLAIN.get(name, _note)  # a word that JSON Schema does not know is a note
-            for key, said in reading(value, path).items():
-                found[key] = _MERGED[key](found[key], said, path) if key in found else said
-        return _possible(found)
-
-    def check_apart(self, members: Sequence[list[_Branch]], path: str) -> None:
+    def check_apart(self, members: Sequence[list[Branch]], path: str) -> None:
         """Refuse a ``oneOf`` of which one answer could fit two members."""
         for ones, others in combinations(members, 2):
             self._pairs -= len(ones) * len(others)
@@ -340,17 +299,17 @@ class _Reading:
                             " required member that tells it apart"
                         )
 
-    def are_apart(self, one: _Branch, other: _Branch, path: str) -> bool:
+    def are_apart(self, one: Branch, other: Branch, path: str) -> bool:
         """Whether no answer that is held to one of the branches fits the other."""
         try:
-            merged = _merged(one, other, path)
+            merged = merge(one, other, path)
         except ApiError:
             return False  # two patterns at once: nobody knows what fits both
-        if merged is None or not _kinds(merged):
+        if merged is None or not kinds_of(merged):
             return True
-        if _kinds(merged) != ["object"]:
+        if kinds_of(merged) != ["object"]:
             return False
-        if _needs_more(one, other) and _needs_more(other, one):
+        if needs_more(one, other) and needs_more(other, one):
             return True
         mine, others = one.get("properties", {}), other.get("properties", {})
         for name in one.get("required", ()):
@@ -366,7 +325,7 @@ class _Reading:
 
     # --- shapes -----------------------------------------------------------------------------------
 
-    def of_type(self, kind: str, branch: _Branch, path: str) -> Shape | None:
+    def of_type(self, kind: str, branch: Branch, path: str) -> Shape | None:
         """The shape of those values of a type that fit `branch`; None where there are none."""
         if "values" in branch:
             return self.of_values(kind, branch, path)
@@ -384,16 +343,16 @@ class _Reading:
             case _:
                 return _of_number(kind, branch)
 
-    def of_values(self, kind: str, branch: _Branch, path: str) -> Shape | None:
+    def of_values(self, kind: str, branch: Branch, path: str) -> Shape | None:
         if "pattern" in branch or "properties" in branch or "items" in branch:
             raise invalid(f"{path}: listed values say all; leave out what else is said beside them")
-        rest: dict[str, Json] = {name: branch[name] for name in _BOUNDS if name in branch}
+        rest: dict[str, Json] = {name: branch[name] for name in BOUNDS if name in branch}
         rest["type"] = kind
         fitting = [value for value in branch["values"] if _Validator(rest).is_valid(value)]
         texts = tuple(orjson.dumps(value).decode() for value in fitting)
         return Values(texts) if texts else None
 
-    def of_object(self, branch: _Branch, path: str) -> Shape:
+    def of_object(self, branch: Branch, path: str) -> Shape:
         properties, required = branch.get("properties", {}), branch.get("required", ())
         closed = branch.get("closed")
         if branch.get("open") and path == _WHERE and not (properties or required or closed):
@@ -411,7 +370,7 @@ class _Reading:
             members.append(Member(orjson.dumps(name).decode(), shape, name in required))
         return Object(tuple(members))
 
-    def of_list(self, branch: _Branch, path: str) -> Shape | None:
+    def of_list(self, branch: Branch, path: str) -> Shape | None:
         least, most = branch.get("minItems", 0), branch.get("maxItems", ENDLESS)
         if least > most:
             return None
@@ -419,7 +378,7 @@ class _Reading:
             return List(Values(("null",)), 0, 0)
         return List(self.shape(branch.get("items", True), f"{path}.items"), least, most)
 
-    def of_text(self, branch: _Branch, path: str) -> Shape | None:
+    def of_text(self, branch: Branch, path: str) -> Shape | None:
         least, most = branch.get("minLength", 0), branch.get("maxLength", ENDLESS)
         if least > most:
             return None
@@ -441,7 +400,7 @@ class _Reading:
         return Matching(piece, most)
 
 
-def _of_number(kind: str, branch: _Branch) -> Shape | None:
+def _of_number(kind: str, branch: Branch) -> Shape | None:
     whole = kind == "integer"
     largest = _LARGEST if whole else _LARGEST_FRACTION
     low, high = Decimal(-largest), Decimal(largest)
@@ -470,203 +429,3 @@ def _beyond(bound: Decimal, step: Decimal, least: Decimal) -> Decimal:
     if bound < least:
         return least
     return (bound // step + (1 if bound >= 0 or not bound % step else 0)) * step
-
-
-# --- plain keywords ---------------------------------------------------------------------------
-
-
-def _kinds(branch: _Branch) -> list[str]:
-    """The types of values that may fit a branch."""
-    if "types" in branch:
-        types = branch["types"] - ({"integer"} if "number" in branch["types"] else set())
-        return [kind for kind in _TYPES if kind in types]
-    if "values" in branch:
-        return list(dict.fromkeys(_type_of(value) for value in branch["values"]))
-    meant = [kind for kind, names in _MEANT.items() if any(name in branch for name in names)]
-    return meant or ["string", "number", "boolean", "null"]
-
-
-def _type_of(value: Json) -> str:
-    """The narrowest type of JSON Schema that a value has."""
-    if isinstance(value, float):
-        return "integer" if value.is_integer() else "number"
-    return _TYPE_OF[type(value)]
-
-
-def _types(value: Json, _: str) -> _Branch:
-    return {"types": {value} if isinstance(value, str) else set(value)}
-
-
-def _listed(value: Json, _: str) -> _Branch:
-    return {"values": value}
-
-
-def _const(value: Json, _: str) -> _Branch:
-    return {"values": [value]}
-
-
-def _additional(value: Json, path: str) -> _Branch:
-    if value is False:
-        return {"closed": True}
-    if value is True or not value:
-        return {"open": True}
-    raise invalid(
-        f"{path}: additionalProperties with a schema is not supported; a list of objects with a"
-        " name and a value says the same"
-    )
-
-
-def _bound(name: str, value: float, path: str) -> _Branch:
-    if name.startswith("min") and name != "minimum" and value > _MOST:
-        raise invalid(f"{path}: {name} is above {_MOST}")
-    return {name: int(value) if name in _COUNTS else value}
-
-
-def _multiple(value: float, path: str) -> _Branch:
-    if value != 1:
-        raise invalid(f"{path}: multipleOf is not supported here")
-    return {"types": {*_TYPES} - {"number"}}
-
-
-def _unique(value: Json, path: str) -> _Branch:
-    if value:
-        raise invalid(f"{path}: uniqueItems is not supported here")
-    return {}
-
-
-def _note(_: Json, __: str) -> _Branch:
-    return {}
-
-
-def _as_it_is(name: str, value: Json, _: str) -> _Branch:
-    return {name: value}
-
-
-def _format(value: str, _: str) -> _Branch:
-    return {"format": value} if value in pattern.FORMATS else {}
-
-
-_COUNTS: Final = ("minItems", "maxItems", "minLength", "maxLength")
-_BOUNDS: Final = (*_COUNTS, "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
-
-_PLAIN: Final[Mapping[str, Callable[[Json, str], _Branch]]] = {
-    "type": _types,
-    "enum": _listed,
-    "const": _const,
-    "properties": partial(_as_it_is, "properties"),
-    "required": partial(_as_it_is, "required"),
-    "additionalProperties": _additional,
-    "items": partial(_as_it_is, "items"),
-    "pattern": partial(_as_it_is, "pattern"),
-    "format": _format,
-    "multipleOf": _multiple,
-    "uniqueItems": _unique,
-    "unevaluatedProperties": _additional,
-    **{name: partial(_bound, name) for name in _BOUNDS},
-}
-
-
-# --- two at once ------------------------------------------------------------------------------
-
-
-def _merged(one: _Branch, other: _Branch, path: str) -> _Branch | None:
-    """The branch of what fits both; None where nothing does."""
-    merged = {**one, **other}
-    for name in one.keys() & other.keys():
-        merged[name] = _MERGED[name](one[name], other[name], path)
-    if "properties" in merged or "closed" in merged:
-        merged["properties"] = _members(one, other)
-    return _possible(merged)
-
-
-def _possible(branch: _Branch) -> _Branch | None:
-    """`branch` without listed values of other types; None where its keywords exclude each other."""
-    if "types" in branch and "values" in branch:
-        types = branch["types"] | ({"integer"} if "number" in branch["types"] else set())
-        branch["values"] = [value for value in branch["values"] if _type_of(value) in types]
-    return None if branch.get("types") == set() or branch.get("values") == [] else branch
-
-
-def _members(one: _Branch, other: _Branch) -> dict[str, Json]:
-    mine, others = one.get("properties", {}), other.get("properties", {})
-    found = {}
-    for name in dict.fromkeys([*mine, *others]):
-        if name in mine and name in others:
-            found[name] = {"allOf": [mine[name], others[name]]}
-        elif not (other if name in mine else one).get("closed"):
-            found[name] = mine[name] if name in mine else others[name]
-    return found
-
-
-def _needs_more(one: _Branch, other: _Branch) -> bool:
-    """Whether no object held to `other` has all that `one` requires, or allows."""
-    names = other.get("properties", {})
-    if any(name not in names for name in one.get("required", ())):
-        return True
-    mine = one.get("properties", {})
-    return bool(one.get("closed")) and any(name not in mine for name in other.get("required", ()))
-
-
-def _same_types(one: set[str], other: set[str], _: str) -> set[str]:
-    found = one & other
-    for first, second in ((one, other), (other, one)):
-        if "integer" in first and "number" in second and "number" not in first:
-            found |= {"integer"}
-    return found
-
-
-def _same_values(one: list[Json], other: list[Json], _: str) -> list[Json]:
-    known = {_canonical(value) for value in other}
-    return [value for value in one if _canonical(value) in known]
-
-
-def _canonical(value: Json) -> bytes:
-    """The same for values that JSON Schema holds to be equal."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value).encode()
-    return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
-
-
-def _equal(name: str) -> Callable[[Json, Json, str], Json]:
-    def merge(one: Json, other: Json, path: str) -> Json:
-        if one != other:
-            raise invalid(f"{path}: two of {name} at once are not supported")
-        return one
-
-    return merge
-
-
-def _most(one: Json, other: Json, _: str) -> Json:
-    return max(one, other)
-
-
-def _least(one: Json, other: Json, _: str) -> Json:
-    return min(one, other)
-
-
-def _all_of(one: Json, other: Json, _: str) -> Json:
-    return {"allOf": [one, other]}
-
-
-def _names(one: Sequence[str], other: Sequence[str], _: str) -> list[str]:
-    return list(dict.fromkeys([*one, *other]))
-
-
-def _later(_: Json, other: Json, __: str) -> Json:
-    return other
-
-
-_MERGED: Final[Mapping[str, Callable[[Json, Json, str], Json]]] = {
-    "types": _same_types,
-    "values": _same_values,
-    "properties": _later,  # `_members` knows both sides
-    "closed": _later,
-    "open": _later,
-    "required": _names,
-    "items": _all_of,
-    "pattern": _equal("pattern"),
-    "format": _equal("format"),
-    **{name: _most if name.lower().find("min") >= 0 else _least for name in _BOUNDS},
-}
